@@ -19,7 +19,7 @@ def select_backend(device: torch.device, shape: AttentionShape) -> AttentionBack
 
         problem = attention_problem(device, shape)
         if problem is None:
-            return TritonBackend(_has_rule_kernels(device, shape), shape.latent is not None)
+            return TritonBackend(_has_rule_kernels(device, shape), shape.expanded_bytes)
         log.warning("attention runs on plain torch, many times slower: %s", problem)
     return PlainBackend()
 

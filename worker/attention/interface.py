@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mgpu.protocol.model.attention_facts import LatentFacts, LinearFacts
 from mgpu.protocol.model.facts import KvCacheDtype
-from mgpu.worker.kernels.attention.inputs import NewLatents
+from mgpu.worker.kernels.attention.inputs import LatentProjections, NewLatents
 from mgpu.worker.kernels.linear.inputs import StepStates
 from mgpu.worker.state.batch import StepBatch, StepRows
 from mgpu.worker.state.kv_cache import LayerCache
@@ -63,6 +63,13 @@ class AttentionShape:
     latent: LatentFacts | None = None
     """Set for attention to latents, which are keys and values at once."""
 
+    @property
+    def expanded_bytes(self) -> int:
+        """Return the bytes of a token's keys and values if they are projected from its latent; 0: there are none."""
+        if self.latent is None:
+            return 0
+        return self.num_q * (self.latent.plain + self.latent.value_dim) * self.dtype.itemsize
+
 
 class PackedAttention(Protocol):
     """Attention that starts from the packed product of queries, keys and values, as fused kernels do."""
@@ -87,11 +94,11 @@ class LatentAttentionKernels(Protocol):
     """Attention to latents, as kernels compute it."""
 
     def attend_latents(
-        self, q_THC: Tensor, new: NewLatents, table_PK: Tensor, cache: LayerCache, spec: AttentionSpec
+        self, heads: LatentProjections, new: NewLatents, table_PK: Tensor, cache: LayerCache, spec: AttentionSpec
     ) -> Tensor:
-        """Return the sums of latents [T, H, C] that queries attend to, and write the new latents to their slots.
+        """Return the values [T, H, V] that queries attend to, and write the new latents to their slots.
 
-        Queries are brought to the width of latents, but for their rotated components, which are in ``new``.
+        The rotated components of queries are in ``new``.
         """
         ...
 

@@ -1,7 +1,8 @@
 """Attention by Triton kernels.
 
 If all rows of a step decode, one kernel does everything. Otherwise one kernel rotates and writes the cache, one serves
-the rows that decode, and one the others. Attention to latents has kernels of its own, one token each.
+the rows that decode, and one the others. Attention to latents has kernels of its own: for single tokens, and for prompts
+long enough that keys and values are worth their projection.
 
 The scheduler plans decoding before prefill, so the rows with one new token come first. A row of one token behind a
 longer one is left to the prefill kernel, which takes any length.
@@ -9,7 +10,7 @@ longer one is left to the prefill kernel, which takes any length.
 
 # T tokens, R rows, H query heads, A = H + 2 J packed heads, K head dim, P pages or positions
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
 import torch
@@ -17,15 +18,23 @@ from torch import Tensor
 
 from mgpu.worker.attention.interface import AttentionSpec
 from mgpu.worker.kernels.attention.decode import decode_attention
-from mgpu.worker.kernels.attention.inputs import LatentRows, NewLatents, PackedHeads, PagedCache
+from mgpu.worker.kernels.attention.inputs import LatentProjections, LatentRows, NewLatents, PackedHeads, PagedCache
 from mgpu.worker.kernels.attention.latent import latent_attention
 from mgpu.worker.kernels.attention.latent_cache import store_latents
+from mgpu.worker.kernels.attention.latent_heads import absorb, values
+from mgpu.worker.kernels.attention.latent_prefill import PromptRows, latent_prefill, plan_pieces
 from mgpu.worker.kernels.attention.prefill import prefill_attention
 from mgpu.worker.kernels.attention.rope_cache import rope_and_cache
 from mgpu.worker.kernels.linear.inputs import StateRows, StepStates, owners_of
 from mgpu.worker.kernels.use import aligned
 from mgpu.worker.state.batch import StepBatch, StepRows
 from mgpu.worker.state.kv_cache import LayerCache
+
+
+EXPANDED_BYTES = 256 << 20
+"""Memory for keys and values that are projected from latents, at once."""
+LEAST_QUERIES = 64
+"""Fewest new tokens for which a context's keys and values are projected from latents (see docs/kernels.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +60,13 @@ class TritonBackend:
 
     takes_packed = True
 
-    def __init__(self, has_states: bool = False, has_latents: bool = False) -> None:
+    def __init__(self, has_states: bool = False, expanded_bytes: int = 0) -> None:
+        """``expanded_bytes``: of a token's keys and values as projected from its latent; 0: there are no latents."""
         self.has_states = has_states
-        self._has_owners = has_states or has_latents
+        self._has_owners = has_states or expanded_bytes > 0
+        self._expanded_bytes = expanded_bytes
 
     def begin_step(self, batch: StepBatch, block_size: int) -> "TritonStep":
-        del block_size  # the cache's shape says it
         decoding = sum(1 for _ in takewhile(lambda count: count == 1, batch.query_lens_host))
         tables, lens = batch.block_tables, batch.context_lens
         decode = PagedRows(aligned(tables[:decoding]), aligned(lens[:decoding])) if decoding else None
@@ -70,7 +80,22 @@ class TritonBackend:
             if states is not None:
                 rows = StateRows(aligned(batch.rows[decoding:]), prompts.lens_R, starts, owners_T)
                 states = states._replace(prompts=rows)
-        return TritonStep(aligned(batch.positions), aligned(batch.slots), decode, prompts, batch.step_rows, states)
+        latents = self._latent_prompts(batch, prompts, decoding, block_size)
+        where = aligned(batch.positions), aligned(batch.slots)
+        return TritonStep(*where, decode, prompts, batch.step_rows, states, latents)
+
+    def _latent_prompts(
+        self, batch: StepBatch, prompts: "PagedRows | None", decoding: int, block_size: int
+    ) -> PromptRows | None:
+        """Return the rows with prompts if their keys and values are worth a projection."""
+        if prompts is None or prompts.starts is None or not self._expanded_bytes:
+            return None
+        contexts, counts = batch.context_lens_host[decoding:], batch.query_lens_host[decoding:]
+        pairs = sum(count * context for count, context in zip(counts, contexts, strict=True))
+        if pairs < LEAST_QUERIES * sum(contexts):
+            return None
+        most = EXPANDED_BYTES // self._expanded_bytes
+        return PromptRows(prompts.lens_R, prompts.starts, plan_pieces(prompts.tables_RP, contexts, block_size, most))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +109,8 @@ class TritonStep:
     rows: StepRows | None
     """None in CUDA graphs."""
     states: StepStates | None = None
+    latent_prompts: PromptRows | None = None
+    """Prompts whose keys and values are projected from latents; None: they attend to latents as rows that decode do."""
 
     @property
     def packed(self) -> "TritonStep":
@@ -128,20 +155,34 @@ class TritonStep:
         return self
 
     def attend_latents(
-        self, q_THC: Tensor, new: NewLatents, table_PK: Tensor, cache: LayerCache, spec: AttentionSpec
+        self, heads: LatentProjections, new: NewLatents, table_PK: Tensor, cache: LayerCache, spec: AttentionSpec
     ) -> Tensor:
         latents = cache.k_NBJK[:, :, 0]
         rotated_THK = store_latents(new, table_PK, self.positions_T, self.slots_T, latents)
-        # Tokens that only pad a step get zeros: what is undefined could be anything to the layers behind.
-        out_THC = torch.zeros(q_THC.shape, dtype=q_THC.dtype, device=q_THC.device)
+        if self.latent_prompts is None:
+            return self._attend_absorbed(heads, rotated_THK, latents, spec.scale)
+        out_THV = heads.q_THP.new_zeros(*heads.q_THP.shape[:2], heads.value_dim)
         if self.decode is not None:
             count = len(self.decode.lens_R)
-            rows, heads = LatentRows(self.decode.tables_RP, self.decode.lens_R), (q_THC[:count], rotated_THK[:count])
-            latent_attention(*heads, latents, rows, scale=spec.scale, out_THC=out_THC[:count])
+            decoding, step = heads._replace(q_THP=heads.q_THP[:count]), replace(self, prompts=None)
+            out_THV[:count] = step._attend_absorbed(decoding, rotated_THK[:count], latents, spec.scale)
+        latent_prefill(heads, rotated_THK, latents, self.latent_prompts, scale=spec.scale, out_THV=out_THV)
+        return out_THV
+
+    def _attend_absorbed(self, heads: LatentProjections, rotated_THK: Tensor, latents: Tensor, scale: float) -> Tensor:
+        """Attend to latents themselves: queries are brought to their width, and sums of them to that of values."""
+        q_THC = absorb(heads.q_THP, heads.weight_HXC)
+        # Tokens that only pad a step with prompts get zeros: what is undefined could be anything to the layers behind.
+        make = torch.empty if self.prompts is None else torch.zeros
+        out_THC = make(q_THC.shape, dtype=q_THC.dtype, device=q_THC.device)
+        if self.decode is not None:
+            count = len(self.decode.lens_R)
+            rows, queries = LatentRows(self.decode.tables_RP, self.decode.lens_R), (q_THC[:count], rotated_THK[:count])
+            latent_attention(*queries, latents, rows, scale=scale, out_THC=out_THC[:count])
         if self.prompts is not None:
             rows = LatentRows(self.prompts.tables_RP, self.positions_T, self.prompts.owners_T)
-            latent_attention(q_THC, rotated_THK, latents, rows, scale=spec.scale, out_THC=out_THC)
-        return out_THC
+            latent_attention(q_THC, rotated_THK, latents, rows, scale=scale, out_THC=out_THC)
+        return values(out_THC, heads.weight_HXC, heads.plain)
 
     def attend(self, q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor, cache: LayerCache, spec: AttentionSpec) -> Tensor:
         raise NotImplementedError("layers pass the packed product to kernels")

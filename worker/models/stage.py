@@ -218,7 +218,7 @@ class DecoderStage(Module):
         if latent is not None and latent_obstacle(self.attention_shape, latent) is not None:
             return
         self._attention_backend = TritonBackend(
-            linear is not None and has_kernels_for(linear, self.dtype), latent is not None
+            linear is not None and has_kernels_for(linear, self.dtype), self.attention_shape.expanded_bytes
         )
 
     def _shape_of_attention(self, context: BuildContext) -> AttentionShape:

@@ -20,6 +20,8 @@ from mgpu.worker.steps.graph_pool import HEAD, GraphParts, StepGraph, StepOutput
 TOKENS = (64, 128, 192, 256, 384, 512)
 """Sizes of steps that graphs are made for. Longer steps keep the GPU busy while they are launched."""
 ROWS = (8, 64)
+LATENT_PAIRS = 1 << 20
+"""Pairs of a query and a key from which on latent attention is quicker without a graph, which cannot project keys."""
 _STARTS_PAD = 4
 
 Size = tuple[int, int, bool]
@@ -43,6 +45,8 @@ class PromptGraphs:
         if not 0 < len(plan.rows) <= ROWS[-1]:
             return False
         total = sum(plan.counts)
+        if self._parts.stage.facts.latent is not None and _pairs(plan) > LATENT_PAIRS:
+            return False
         return total <= self.most_tokens and _first_fit(TOKENS, total) <= self.most_tokens
 
     def prepare(self, size: Size) -> None:
@@ -114,6 +118,11 @@ class PromptGraphs:
 
 def _first_fit(sizes: tuple[int, ...], needed: int) -> int:
     return next(size for size in sizes if size >= needed)
+
+
+def _pairs(plan: StepPlan) -> int:
+    """Return about how many pairs of a new token and a token of its context a step has."""
+    return sum(count * (start + count) for start, count in zip(plan.starts, plan.counts, strict=True))
 
 
 def _length(size: Size) -> int:

@@ -72,6 +72,22 @@ class NewLatents(NamedTuple):
     """True if pairs that are rotated together lie side by side; else they are half of the components apart."""
 
 
+class LatentProjections(NamedTuple):
+    """The plain components of queries, and the projections between latents and the heads of a rank."""
+
+    q_THP: Tensor
+    weight_HXC: Tensor
+    """Of each head the rows that make keys of latents, then those that make values; contiguous."""
+
+    @property
+    def plain(self) -> int:
+        return self.q_THP.shape[2]
+
+    @property
+    def value_dim(self) -> int:
+        return self.weight_HXC.shape[1] - self.plain
+
+
 class PackedHeads(NamedTuple):
     """The packed product of queries, keys and values, and how its heads become those that attention takes."""
 

@@ -3,7 +3,8 @@
 The projections of keys and values need not be applied to the cache. With a head's key k = W c and value v = V c of a
 latent c, the score q·k is (Wᵀ q)·c, and the weighted sum of values is V times the weighted sum of latents. So a query
 is brought to the width of the latent, all heads attend to the latents themselves as if to one KV head, and what comes
-out is brought to the width of values. Example: DeepSeek's cache has 512 + 64 numbers per token instead of 128 heads of
+out is brought to the width of values. On GPUs long prompts are projected all the same
+(`worker/kernels/attention/latent_prefill.py`). Example: DeepSeek's cache has 512 + 64 numbers per token instead of 128 heads of
 192 + 128. The 64 are a key that is rotated, the same for all heads.
 
 Split by heads: a rank has some query heads, their projections, and the whole latent, of which every rank has a copy.
@@ -19,7 +20,7 @@ from mgpu.protocol.model.attention_facts import LatentFacts
 from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import TensorPart
 from mgpu.worker.attention.interface import AttentionSpec, StepAttention
-from mgpu.worker.kernels.attention.inputs import NewLatents
+from mgpu.worker.kernels.attention.inputs import LatentProjections, NewLatents
 from mgpu.worker.layers.activations import Activations, scaled
 from mgpu.worker.layers.attention.rotary import Angles, Rotation, rotate
 from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, RowSlice, Storage
@@ -99,14 +100,15 @@ class LatentAttention(Module):
         if latent.query_growth:
             first = first * self._growth(attention.positions_T).to(first.dtype)
         q_THP, q_THR = torch.split(first.view(len(first), -1, latent.head_dim), [latent.plain, latent.rotated], dim=2)
-        query_THC = self.heads.absorb(q_THP)
         if isinstance(angles, Tensor):
             assert attention.latents is not None, "tables of angles are for kernels"
             new = NewLatents(kv_TC, q_THR, self.kv_norm.weight, _EPS, latent.is_interleaved)
-            attended_THC = attention.latents.attend_latents(query_THC, new, angles, cache, self.spec)
+            heads = LatentProjections(q_THP, self.heads.weight)
+            attended_THV = attention.latents.attend_latents(heads, new, angles, cache, self.spec)
         else:
-            attended_THC = self._plain(query_THC, q_THR, kv_TC, angles, attention, cache)
-        return self.out.partial(self.heads.values(attended_THC).flatten(1))
+            query_THC = self.heads.absorb(q_THP)
+            attended_THV = self.heads.values(self._plain(query_THC, q_THR, kv_TC, angles, attention, cache))
+        return self.out.partial(attended_THV.flatten(1))
 
     def _plain(
         self,

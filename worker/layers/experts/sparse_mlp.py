@@ -122,9 +122,9 @@ def _stacks(mlp: SparseMLP) -> "ExpertStacks":
 
     experts, network = mlp.experts, None
     if (shared := mlp.shared) is not None and not shared.gate_up.pieces and not shared.down.pieces:
-        held = shared.gate_up.held, shared.down.held
-        if isinstance(held[0], Tensor) and isinstance(held[1], Tensor):
-            network = SharedNetwork(*held, None if mlp.shared_gate is None else mlp.shared_gate.weight)
+        gate_up, down = shared.gate_up.held, shared.down.held
+        if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
+            network = SharedNetwork(gate_up, down, None if mlp.shared_gate is None else mlp.shared_gate.weight)
     first = experts.shard.experts.start
     return ExpertStacks(experts.gate_up.held, experts.down.held, first, experts.activation, network)
 

@@ -10,10 +10,13 @@ from harness.random_model import write_random_model
 from harness.rank_threads import ThreadGroup, run_ranks
 from harness.stage_driver import Row, Stages, make_batch
 from mgpu.protocol.checkpoint.read import read_checkpoint
+from mgpu.worker.attention import triton_backend
 from mgpu.worker.kernels.attention import latent
-from mgpu.worker.kernels.attention.inputs import LatentRows, NewLatents
+from mgpu.worker.kernels.attention.inputs import LatentProjections, LatentRows, NewLatents
 from mgpu.worker.kernels.attention.latent import choose_splits, heads_of_tile, latent_attention
 from mgpu.worker.kernels.attention.latent_cache import store_latents
+from mgpu.worker.kernels.attention.latent_heads import FEW_TOKENS, absorb, values
+from mgpu.worker.kernels.attention.latent_prefill import LatentTiling, PromptRows, latent_prefill, plan_pieces
 from mgpu.worker.kernels.reference import paged_attention, rms_norm, rotate
 
 RANK, ROTATED = 32, 16
@@ -44,6 +47,49 @@ def test_tokens_of_prompts_see_what_is_before_them(device: torch.device) -> None
     latent_attention(q[..., :RANK], q[..., RANK:], paged.k[:, :, 0], rows, scale=0.2, out_THC=out, splits=1)
     expected = paged_attention(q, paged.k, paged.k, paged.tables, contexts, starts, 0.2)
     assert relative_error(out, expected[..., :RANK]) < tolerance(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("plain", "value_dim", "most_tokens", "dtype"),
+    [(24, 12, 1000, torch.float32), (16, 32, 90, torch.float32),
+     pytest.param(16, 16, 90, torch.bfloat16, marks=pytest.mark.gpu)],
+)  # fmt: skip
+def test_prompts_attend_to_projected_keys_and_values_piece_by_piece(
+    device: torch.device, plain: int, value_dim: int, most_tokens: int, dtype: torch.dtype
+) -> None:
+    """A chunk behind a context, a whole prompt and one token, behind a token of another row and before padding."""
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter is slow, and has no bfloat16 of its own")
+    contexts, starts, heads = [70, 21, 1], [1, 38, 59, 60], 3
+    paged = paged_cache(contexts, 16, 1, RANK + ROTATED, dtype, device)
+    q = torch.randn(62, heads, plain, device=device).to(dtype)
+    turned = torch.randn(62, heads, ROTATED, device=device).to(dtype)
+    weight = (torch.randn(heads, plain + value_dim, RANK, device=device) * RANK**-0.5).to(dtype)
+    out = torch.full((62, heads, value_dim), torch.nan, device=device, dtype=dtype)
+    pieces = plan_pieces(paged.tables, contexts, 16, most_tokens)
+    assert [piece.first for piece in pieces] == ([0] if most_tokens > 100 else [0, 30, 60])
+    assert sum(len(piece.slots_S) for piece in pieces) == sum(contexts)
+    rows = PromptRows(paged.lens, torch.tensor(starts, dtype=torch.int32, device=device), pieces)
+    tiling = LatentTiling(16, 16, 4, 2)
+    held = LatentProjections(q, weight)
+    latent_prefill(held, turned, paged.k[:, :, 0], rows, scale=0.2, out_THV=out, tiling=tiling)
+    wide = torch.cat([torch.einsum("thp,hpc->thc", q.float(), weight[:, :plain].float()), turned.float()], dim=2)
+    attended = paged_attention(wide, paged.k, paged.k, paged.tables, contexts, starts, 0.2)[..., :RANK]
+    expected = torch.einsum("thc,hvc->thv", attended, weight[:, plain:].float())
+    new = slice(starts[0], starts[-1])
+    assert relative_error(out[new], expected[new]) < 2 * tolerance(dtype)
+    assert out[: starts[0]].isnan().all()
+    assert out[starts[-1] :].isnan().all()
+
+
+@pytest.mark.parametrize("tokens", [1, 3, FEW_TOKENS + 1])
+def test_queries_and_sums_are_projected_head_by_head(device: torch.device, tokens: int) -> None:
+    weight = torch.randn(5, 24 + 12, RANK, device=device)
+    q = torch.randn(tokens, 5, 24 + ROTATED, device=device)[..., :24]
+    attended = torch.randn(5, tokens, RANK, device=device).transpose(0, 1)
+    wide, narrow = absorb(q, weight), values(attended, weight, 24)
+    assert relative_error(wide, torch.einsum("thp,hpc->thc", q, weight[:, :24])) < tolerance(torch.float32)
+    assert relative_error(narrow, torch.einsum("thc,hvc->thv", attended, weight[:, 24:])) < tolerance(torch.float32)
 
 
 @pytest.mark.parametrize(("is_interleaved", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
@@ -77,10 +123,13 @@ def test_tiles_have_as_many_heads_as_divide_and_few_tokens_are_split() -> None:
     assert [choose_splits(pairs) for pairs in (1, 8, 66, 67, 1000)] == [64, 16, 2, 1, 1]
 
 
+@pytest.mark.parametrize("least_queries", [1, 100])
 def test_a_model_computes_the_same_with_kernels_as_without(
-    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, least_queries: int
 ) -> None:
     monkeypatch.setattr(latent, "choose_splits", lambda pairs: 2)
+    monkeypatch.setattr(triton_backend, "LEAST_QUERIES", least_queries)
+    monkeypatch.setattr(triton_backend, "EXPANDED_BYTES", 800)  # pieces of a few tokens
     folder = write_random_model(
         tmp_path, architectures=["DeepseekV3ForCausalLM"], hidden_size=32, intermediate_size=48, num_hidden_layers=1,
         kv_lora_rank=RANK, qk_rope_head_dim=ROTATED, qk_nope_head_dim=8, v_head_dim=12, q_lora_rank=16,
