@@ -25,7 +25,7 @@ from bench.performance.rows import row as make_row
 from bench.step import BLOCK, MOST_ROWS, decode, fill, make_runner, record, show
 from mgpu.launch.bench.report import Report
 from mgpu.launch.bench.shapes import SHAPES
-from mgpu.orchestrator.placement.sizes import active_bytes
+from mgpu.orchestrator.placement.split.sizes import active_bytes
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
 from mgpu.protocol.model.facts import ModelFacts
 from mgpu.worker.steps.model_runner import ModelRunner
