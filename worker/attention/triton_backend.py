@@ -1,8 +1,8 @@
 """Attention by Triton kernels.
 
 If all rows of a step decode, one kernel does everything. Otherwise one kernel rotates and writes the cache, one serves
-the rows that decode, and one the others. Attention to latents has kernels of its own: for single tokens, and for prompts
-long enough that keys and values are worth their projection.
+the rows that decode, and one the others. Attention to latents has kernels of its own: for single tokens, and for
+prompts so long that keys and values are worth their projection.
 
 The scheduler plans decoding before prefill, so the rows with one new token come first. A row of one token behind a
 longer one is left to the prefill kernel, which takes any length.
@@ -29,7 +29,6 @@ from mgpu.worker.kernels.linear.inputs import StateRows, StepStates, owners_of
 from mgpu.worker.kernels.use import aligned
 from mgpu.worker.state.batch import StepBatch, StepRows
 from mgpu.worker.state.kv_cache import LayerCache
-
 
 EXPANDED_BYTES = 256 << 20
 """Memory for keys and values that are projected from latents, at once."""

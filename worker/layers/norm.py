@@ -60,6 +60,16 @@ class RMSNorm(Module):
             return delta_TD.add_and_norm(residual_TD, self.weight, self.eps, self.takes_float8(len(residual_TD)))
         return self._arithmetic.add_and_norm(residual_TD, delta_TD, self.weight, self.takes_float8)
 
+    def add_to(self, residual_TD: Tensor, y: Product, factor_1: Tensor | None = None) -> None:
+        """Normalize ``y`` and add it to ``residual`` in place, which is multiplied by ``factor`` then."""
+        self._arithmetic.add_normed(residual_TD, y, self.weight, factor_1)
+
+    def add_normed_and_norm(self, residual_TD: Tensor, y: Product, norm: "RMSNorm") -> Activations:
+        """Add ``y``, normalized by ``norm``, to ``residual`` in place and return the normalized sum."""
+        if isinstance(self._arithmetic, _Kernels) and not self.takes_float8(len(residual_TD)):
+            return self._arithmetic.add_normed_and_norm(residual_TD, y, (norm.weight, norm.eps), self.weight)
+        return self.add_and_norm(residual_TD, norm(y))
+
     def load(self, reader: WeightReader, name: str) -> None:
         reader.fill_rows(self.weight, f"{name}.weight")
         if self.unit_offset and not reader.norms_include_one:
@@ -79,6 +89,8 @@ class _Arithmetic(Protocol):
         self, residual_TD: Tensor, delta: Product, weight: Tensor, takes_float8: TakesFloat8
     ) -> Activations: ...
 
+    def add_normed(self, residual_TD: Tensor, y: Product, weight: Tensor, factor_1: Tensor | None) -> None: ...
+
 
 class _Torch:
     def __init__(self, size: int, eps: float) -> None:
@@ -95,6 +107,11 @@ class _Torch:
         self, residual_TD: Tensor, delta: Product, weight: Tensor, takes_float8: TakesFloat8
     ) -> Activations:
         return self.norm(residual_TD.add_(scaled(delta)), weight)
+
+    def add_normed(self, residual_TD: Tensor, y: Product, weight: Tensor, factor_1: Tensor | None) -> None:
+        residual_TD.add_(self.norm(y, weight))
+        if factor_1 is not None:
+            residual_TD.mul_(factor_1)
 
 
 class _FewOperations(_Torch):
@@ -131,3 +148,18 @@ class _Kernels:
         if takes_float8(len(residual_TD)):
             return self._kernels.add_rms_norm_float8(residual_TD, delta_TD, weight, self._eps, scale_T)
         return self._kernels.add_rms_norm(residual_TD, delta_TD, weight, self._eps, scale_T)
+
+    def add_normed(self, residual_TD: Tensor, y: Product, weight: Tensor, factor_1: Tensor | None) -> None:
+        values_TD, scale_T = values_and_scale(y)
+        self._kernels.add_normed(residual_TD, values_TD, weight, self._eps, y_scale_T=scale_T, factor_1=factor_1)
+
+    def add_normed_and_norm(
+        self, residual_TD: Tensor, y: Product, before: tuple[Tensor, float], weight: Tensor
+    ) -> Tensor:
+        """Add ``y``, normalized by the weight and eps of ``before``, and return the normalized sum."""
+        values_TD, scale_T = values_and_scale(y)
+        out_TD = self._kernels.add_normed(
+            residual_TD, values_TD, *before, y_scale_T=scale_T, weight_D=weight, eps=self._eps
+        )
+        assert out_TD is not None
+        return out_TD

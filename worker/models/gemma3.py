@@ -29,8 +29,8 @@ class Gemma3Layer(Module):
         self, delta_TD: Delta | None, residual_TD: Tensor, angles: Angles, attention: StepAttention, cache: LayerCache
     ) -> Product:
         x_TD = self.input_norm.add_and_norm(residual_TD, delta_TD)
-        delta_TD = self.attention_out_norm(summed(self.attention(x_TD, angles, attention, cache)))
-        x_TD = self.mlp_norm.add_and_norm(residual_TD, delta_TD)
+        attended_TD = summed(self.attention(x_TD, angles, attention, cache))
+        x_TD = self.mlp_norm.add_normed_and_norm(residual_TD, attended_TD, self.attention_out_norm)
         return self.mlp_out_norm(summed(self.mlp(x_TD)))
 
     def load(self, reader: WeightReader, prefix: str) -> None:

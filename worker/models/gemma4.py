@@ -5,7 +5,6 @@
 from torch import Tensor
 
 from mgpu.worker.attention.interface import StepAttention
-from mgpu.worker.layers.activations import scaled
 from mgpu.worker.layers.attention.rotary import Angles
 from mgpu.worker.layers.layer_scale import LayerScale
 from mgpu.worker.layers.module import Module
@@ -33,14 +32,16 @@ class Gemma4Layer(Module):
         self, delta_TD: Delta | None, residual_TD: Tensor, angles: Angles, attention: StepAttention, cache: LayerCache
     ) -> None:
         x_TD = self.input_norm.add_and_norm(residual_TD, delta_TD)
-        delta_TD = self.attention_out_norm(summed(self.attention(x_TD, angles, attention, cache)))
-        x_TD = self.mlp_norm.add_and_norm(residual_TD, delta_TD)
+        attended_TD = summed(self.attention(x_TD, angles, attention, cache))
+        x_TD = self.mlp_norm.add_normed_and_norm(residual_TD, attended_TD, self.attention_out_norm)
         y_TD = summed(self.mlp(x_TD))
         if self.experts is not None:
             y_TD = self.experts(y_TD, residual_TD)
-        residual_TD.add_(scaled(self.mlp_out_norm(y_TD)))
-        if self.layer_input is not None:
-            self.layer_input(residual_TD)
+        if self.layer_input is None:
+            self.mlp_out_norm.add_to(residual_TD, y_TD, self.scale.weight)
+            return
+        self.mlp_out_norm.add_to(residual_TD, y_TD)
+        self.layer_input(residual_TD)
         self.scale(residual_TD)
 
     def load(self, reader: WeightReader, prefix: str) -> None:

@@ -169,7 +169,7 @@ def _latent_prefill_kernel(
         scale, kv_stride, latents_stride,
         True, BULK, RANK, PLAIN, PLAIN_PAD, ROTATED, VALUE, VALUE_PAD, BLOCK_N,
     )  # fmt: skip
-    if sums_ptr is not None:
+    if sums_ptr is not None:  # noqa: SIM102 - compile-time condition
         if is_last == 0:
             tl.store(sums_ptr + places_out, acc, mask=mask)
             tl.store(stat_ptrs, peak, mask=m < count)

@@ -115,9 +115,7 @@ def _gate_up_kernel(
     expert = tl.load(experts_ptr + pair, mask=pair >= 0, other=-1) - first_expert
     if (pair >= 0) & (expert >= 0) & (expert < N) & (first_row < 2 * F):
         token = (pair // A).to(tl.int64)
-        _expert_rows(
-            x_ptr + token * x_stride, w_ptr, h_ptr + pair.to(tl.int64) * F, expert, F, K, GATE, ROWS, BLOCK_K
-        )
+        _expert_rows(x_ptr + token * x_stride, w_ptr, h_ptr + pair.to(tl.int64) * F, expert, F, K, GATE, ROWS, BLOCK_K)
 
 
 @triton.jit(do_not_specialize=["first_expert"])

@@ -41,6 +41,33 @@ def _norm_kernel(
 
 
 @triton.jit
+def _normed_delta_kernel(
+    y_ptr, y_scale_ptr, y_weight_ptr, residual_ptr, factor_ptr, weight_ptr, out_ptr, D, y_stride, residual_stride,
+    y_eps, eps, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK)
+    mask = d < D
+    y_weight = tl.load(y_weight_ptr + d, mask=mask, other=0.0).to(tl.float32)
+    dtype = residual_ptr.dtype.element_ty
+    wait_for_inputs(OVERLAP)
+    y = tl.load(y_ptr + row * y_stride + d, mask=mask, other=0.0).to(tl.float32)
+    if y_scale_ptr is not None:
+        y *= tl.load(y_scale_ptr + row)
+    y = y * tl.rsqrt(tl.sum(y * y, 0) / D + y_eps) * y_weight
+    # Each result is rounded to the stream's type before the next operation, as it is without fusion.
+    total = tl.load(residual_ptr + row * residual_stride + d, mask=mask, other=0.0).to(tl.float32)
+    total = (total + y.to(dtype).to(tl.float32)).to(dtype)
+    if factor_ptr is not None:
+        total = (total.to(tl.float32) * tl.load(factor_ptr).to(tl.float32)).to(dtype)
+    tl.store(residual_ptr + row * residual_stride + d, total, mask=mask)
+    if weight_ptr is not None:
+        x = total.to(tl.float32)
+        x = x * tl.rsqrt(tl.sum(x * x, 0) / D + eps) * tl.load(weight_ptr + d, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + row * D + d, x.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _norm_float8_kernel(
     delta_ptr, delta_scale_ptr, residual_ptr, weight_ptr, words_ptr, scale_ptr,
     D, words_per_row, delta_stride, residual_stride, eps,
@@ -93,6 +120,32 @@ def add_rms_norm(
     With ``delta_scale_T`` (float32) row t of ``delta`` is multiplied by its scale first.
     """
     return _launch(delta_TD, delta_scale_T, residual_TD, weight_D, eps)
+
+
+def add_normed(
+    residual_TD: Tensor,
+    y_TD: Tensor,
+    y_weight_D: Tensor,
+    y_eps: float,
+    *,
+    y_scale_T: Tensor | None = None,
+    factor_1: Tensor | None = None,
+    weight_D: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor | None:
+    """Normalize ``y`` and add it to ``residual`` in place, which is multiplied by ``factor`` then.
+
+    With ``weight_D`` return the normalized sum.
+    """
+    tokens, dim = y_TD.shape
+    out_TD = None if weight_D is None else torch.empty(tokens, dim, dtype=y_TD.dtype, device=y_TD.device)
+    block = power_of_2(dim)
+    _normed_delta_kernel[(tokens,)](
+        y_TD, y_scale_T, y_weight_D, residual_TD, factor_1, weight_D, out_TD,
+        dim, y_TD.stride(0), residual_TD.stride(0), y_eps, eps, block, overlaps_launches(y_TD.device),
+        **launch_options(y_TD.device, min(16, max(1, block // 512))),
+    )  # fmt: skip
+    return out_TD
 
 
 def add_rms_norm_float8(

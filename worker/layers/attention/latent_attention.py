@@ -3,9 +3,9 @@
 The projections of keys and values need not be applied to the cache. With a head's key k = W c and value v = V c of a
 latent c, the score q·k is (Wᵀ q)·c, and the weighted sum of values is V times the weighted sum of latents. So a query
 is brought to the width of the latent, all heads attend to the latents themselves as if to one KV head, and what comes
-out is brought to the width of values. On GPUs long prompts are projected all the same
-(`worker/kernels/attention/latent_prefill.py`). Example: DeepSeek's cache has 512 + 64 numbers per token instead of 128 heads of
-192 + 128. The 64 are a key that is rotated, the same for all heads.
+out is brought to the width of values. Example: DeepSeek's cache has 512 + 64 numbers per token instead of 128 heads of
+192 + 128. The 64 are a key that is rotated, the same for all heads. On GPUs the contexts of long prompts are projected
+all the same (`worker/kernels/attention/latent_prefill.py`).
 
 Split by heads: a rank has some query heads, their projections, and the whole latent, of which every rank has a copy.
 """

@@ -56,6 +56,7 @@ class Attention(Module):
         if facts.keys_are_values:
             slices = without_values(slices)
         self._value_eps = facts.rms_norm_eps if facts.value_norm else None
+        self._normalize_values = _kernel_values() if uses_kernels(storage.device) else with_normalized_values
         self.qkv = ColumnParallelLinear(facts.hidden_size, slices, facts.qkv_bias, storage.of_qkv())
         columns = range(heads.q_start * facts.head_dim, heads.q_stop * facts.head_dim)
         self.out = RowParallelLinear(columns, facts.hidden_size, facts.output_bias, group, storage.of_out())
@@ -78,7 +79,7 @@ class Attention(Module):
             qkv = self.whole_norm(self._heads(scaled(qkv))[0]).flatten(1)
         if self._value_eps is not None:
             heads_TAK = self._heads(scaled(qkv))[0]
-            qkv = with_normalized_values(heads_TAK, self.num_q, self.num_kv, self._value_eps).flatten(1)
+            qkv = self._normalize_values(heads_TAK, self.num_q, self.num_kv, self._value_eps).flatten(1)
         if isinstance(angles, Tensor):
             assert attention.packed is not None, "tables of angles are for packed attention"
             packed_TAK, scale_T = self._heads(qkv)
@@ -141,6 +142,12 @@ GateHeads = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 def _plain_gates(heads_TN: Tensor, gates_TN: Tensor, scale_T: Tensor | None) -> Tensor:
     return heads_TN * torch.sigmoid(gates_TN if scale_T is None else gates_TN * scale_T.unsqueeze(1))
+
+
+def _kernel_values() -> Callable[[Tensor, int, int, float], Tensor]:
+    from mgpu.worker.kernels.layers.head_values import with_normalized_values
+
+    return with_normalized_values
 
 
 def _kernel_gates() -> GateHeads:

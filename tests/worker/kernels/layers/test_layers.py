@@ -7,7 +7,9 @@ from mgpu.worker.kernels import reference
 from mgpu.worker.kernels.attention.inputs import PackedHeads
 from mgpu.worker.kernels.attention.rope_cache import rope_and_cache
 from mgpu.worker.kernels.layers.activation import gated_activation
-from mgpu.worker.kernels.layers.norm import add_rms_norm, rms_norm
+from mgpu.worker.kernels.layers.head_values import with_normalized_values
+from mgpu.worker.kernels.layers.norm import add_normed, add_rms_norm, rms_norm
+from mgpu.worker.layers.attention import heads as plain_heads
 
 FLOAT8_ERROR = 0.04
 """Three bits of mantissa."""
@@ -24,6 +26,33 @@ def test_norms_equal_reference(device: torch.device, dtype: torch.dtype, tokens:
     normed = add_rms_norm(stream, x, weight, 1e-6)
     assert relative_error(stream, residual.float() + x.float()) < tolerance(dtype)
     assert relative_error(normed, reference.rms_norm(stream, weight, 1e-6)) < tolerance(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_a_normalized_sum_is_added_multiplied_and_normalized(
+    device: torch.device, dtype: torch.dtype, is_whole: bool
+) -> None:
+    y, residual = (torch.randn(3, 96, device=device).to(dtype) for _ in range(2))
+    before, weight = (torch.randn(96, device=device).to(dtype) for _ in range(2))
+    scale, factor = torch.rand(3, device=device) + 0.5, torch.tensor([0.75], device=device).to(dtype)
+    stream = residual.clone()
+    more = {"y_scale_T": scale, "factor_1": factor} if is_whole else {}
+    normed = add_normed(stream, y, before, 1e-2, **more, weight_D=weight if is_whole else None, eps=1e-3)
+    scaled = y.float() * scale[:, None] if is_whole else y
+    expected = residual.float() + reference.rms_norm(scaled, before, 1e-2)
+    assert relative_error(stream, expected * 0.75 if is_whole else expected) < tolerance(dtype)
+    assert (normed is None) != is_whole
+    if normed is not None:
+        assert relative_error(normed, reference.rms_norm(stream, weight, 1e-3)) < tolerance(dtype)
+
+
+@pytest.mark.parametrize("stored", [6, 8])
+def test_values_are_normalized_and_may_be_keys(device: torch.device, stored: int) -> None:
+    packed = torch.randn(3, stored + 1, 24, device=device)[:, :stored]
+    expected = plain_heads.with_normalized_values(packed, 4, 2, 1e-2)
+    assert expected.shape[1] == 8
+    assert relative_error(with_normalized_values(packed, 4, 2, 1e-2), expected) < tolerance(torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
