@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
-from mgpu.protocol.chat import gemma, harmony, hermes, llama, mistral, pythonic, tagged
+from mgpu.protocol.chat import gemma, harmony, hermes, llama, mistral, pythonic, sections, tagged
 from mgpu.protocol.chat.machine import Found, Machine
 
 
@@ -45,6 +45,12 @@ TOOL_FORMATS = {
         re.compile(r"<\|channel\|>"),
     ),
     "gemma4": ToolFormat(gemma.Gemma, (gemma.BEGIN, gemma.END, gemma.QUOTE), re.compile(r"<\|tool_call>")),
+    # V3 and R1 write JSON in a block, V3.1 does not: one parser takes both.
+    "deepseek-v3": ToolFormat(
+        sections.DeepSeek, sections.DeepSeek.markers(), re.compile(r"<｜tool▁sep｜>[\s\S]*?```json")
+    ),
+    "deepseek-v3.1": ToolFormat(sections.DeepSeek, sections.DeepSeek.markers(), re.compile(r"<｜tool▁call▁begin｜>")),
+    "kimi-k2": ToolFormat(sections.Kimi, sections.Kimi.markers(), re.compile(r"<\|tool_calls?_(section_)?begin\|>")),
     "minimax": _tagged(tagged.MINIMAX, r"<minimax:tool_call>"),
     "glm": _tagged(tagged.GLM, r"<arg_key>"),
     "qwen3-coder": _tagged(tagged.QWEN_CODER, r"<function=[^>]*>[\s\S]*<parameter="),

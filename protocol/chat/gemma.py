@@ -1,7 +1,8 @@
 """Calls as Gemma 4 writes them: `<|tool_call>call:f{city:<|"|>Bern<|"|>,days:3}<tool_call|>`, any number of them.
 
 Arguments are like JSON, but keys have no quotes, and strings stand between two tokens of their own. So a string may
-hold anything, quotes and brackets too.
+hold anything, quotes and brackets too. Keys and strings with the quotes of JSON are taken as well: demanded calls have
+them where a schema says more of a string than its length.
 """
 
 import json
@@ -14,6 +15,7 @@ BEGIN, END, QUOTE = "<|tool_call>", "<tool_call|>", '<|"|>'
 _HEAD = re.compile(r"\s*call:([a-zA-Z0-9_.-]{1,64})\{")
 _MAYBE_HEAD = re.compile(r"\s*(?:|c|ca|cal|call|call:[a-zA-Z0-9_.-]{0,64})")
 _KEY = re.compile(r"\s*([^\s:,{}\[\]<\"]{1,256})\s*:")
+_JSON_KEY = re.compile(r'("(?:[^"\\\x00-\x1f]|\\.){0,256}")\s*:')
 _WORD = re.compile(r"[-+.\w]+")
 _MAX_HEAD_CHARS = 512
 
@@ -25,6 +27,7 @@ class Gemma(Machine):
         """The brackets that are open, as the ones that close them."""
         self._seen: list[set[str]] = []
         """The keys of each object that is open."""
+        self._string = JsonScanner()
 
     def _outside(self) -> bool:
         return self._pass_content((BEGIN,), self._read_head)
@@ -57,6 +60,10 @@ class Gemma(Machine):
             key, taken = self._buffer[len(QUOTE) : end], self._buffer[end + len(QUOTE) :].lstrip()
             length = len(self._buffer) - len(taken) + 1 if end >= 0 and taken.startswith(":") else 0
             is_cut = end < 0 or not taken
+        elif self._buffer.startswith('"'):
+            match = _JSON_KEY.match(self._buffer)
+            key, length = (_text(match[1]), match.end()) if match else ("", 0)
+            is_cut = re.fullmatch(r'"(?:[^"\\]|\\.)*(?:\\|"\s*)?', self._buffer) is not None
         else:
             match = _KEY.match(self._buffer)
             key, length = (match[1], match.end()) if match else ("", 0)
@@ -81,6 +88,9 @@ class Gemma(Machine):
             self._state = self._read_string
             return True
         mark = self._buffer[:1]
+        if mark == '"':
+            self._string, self._state = JsonScanner(), self._read_json_string
+            return True
         if mark in ("{", "[") and len(self._stack) < MAX_DEPTH:
             self._pass(mark, 1)
             self._stack.append("}" if mark == "{" else "]")
@@ -121,6 +131,18 @@ class Gemma(Machine):
         self._state = self._after_value
         return True
 
+    def _read_json_string(self) -> bool:
+        """Pass a string of JSON on as it comes."""
+        try:
+            end = self._string.scan(self._buffer)
+        except BrokenJson:
+            return self._break()
+        self._pass(self._buffer[:end], end)
+        if self._string.is_complete:
+            self._state = self._after_value
+            return True
+        return self._has_ended and self._break()
+
     def _after_value(self) -> bool:
         if not self._skips_space():
             return False
@@ -158,3 +180,11 @@ class Gemma(Machine):
 
     def _pass_string(self, length: int) -> None:
         self._pass(json.dumps(self._buffer[:length], ensure_ascii=False)[1:-1], length)
+
+
+def _text(string: str) -> str:
+    """Return the text of a string in JSON; empty if it is none."""
+    try:
+        return str(json.loads(string))
+    except ValueError:
+        return ""

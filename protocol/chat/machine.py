@@ -97,13 +97,13 @@ class Found:
         """The marker with which the call that is read began."""
         return self._raw[0]
 
-    def begin(self, name: str) -> None:
-        """Announce a call. BrokenJson if no such tool is offered."""
+    def begin(self, name: str, call_id: str = "") -> None:
+        """Announce a call, with a new id if it has none. BrokenJson if no such tool is offered."""
         if name not in self.tools:
             raise BrokenJson("there is no such tool")
         self._index += 1
         self._is_open = True
-        self._add_call(CallBegin(self._index, self._new_id(), name))
+        self._add_call(CallBegin(self._index, call_id or self._new_id(), name))
 
     def _add_call(self, event: Event) -> None:
         if self._index - min(self._num_broken, _MAX_BROKEN) < self._most_calls:

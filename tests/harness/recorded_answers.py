@@ -68,7 +68,64 @@ _GEMMA_VALUES = (
 _GEMMA_BROKEN = "<|tool_call>call:get_weather{city:Bern}<tool_call|>"
 _GEMMA_TWICE = "<|tool_call>call:get_weather{days:1,days:2}<tool_call|>"
 
+_V3 = ChatFormat("deepseek-v3", "think")
+_V31 = ChatFormat("deepseek-v3.1", "think")
+_K2 = ChatFormat("kimi-k2")
+_V3_CALL = (
+    "<｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n```json\n"
+    '{"city": "Zürich 🌧", "days": 3}\n```<｜tool▁call▁end｜>'
+)
+_V31_CALL = '<｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{"city": "Zürich 🌧", "days": 3}<｜tool▁call▁end｜>'
+_V3_BROKEN = (
+    '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>rm<｜tool▁sep｜>{"a": 1}<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
+)
+_K2_CALL = (
+    '<|tool_call_begin|>functions.{}:{}<|tool_call_argument_begin|>{{"city": "Zürich 🌧", "days": 3}}<|tool_call_end|>'
+)
+_K2_BROKEN = "<|tool_calls_section_begin|> <|tool_call_begin|>get-time<|tool_call_argument_begin|>{}"
+
 RECORDED = [
+    Recorded(
+        "deepseek-v3 reasoning that the prompt began, two calls in blocks",
+        _V3,
+        f"Hm.</think>\n\nI look.<｜tool▁calls▁begin｜>{_V3_CALL}\n{_V3_CALL}<｜tool▁calls▁end｜>",
+        "I look.",
+        [_WEATHER_CALL] * 2,
+        "Hm.",
+        in_reasoning=True,
+    ),
+    Recorded(
+        "deepseek-v3.1 text, two calls",
+        _V31,
+        f"I look.\n\n<｜tool▁calls▁begin｜>{_V31_CALL}{_V31_CALL}<｜tool▁calls▁end｜>",
+        "I look.",
+        [_WEATHER_CALL] * 2,
+    ),
+    Recorded(
+        "deepseek-v3.1 a call without a section or its end",
+        _V31,
+        _V31_CALL.removesuffix("<｜tool▁call▁end｜>"),
+        calls=[_WEATHER_CALL],
+    ),
+    Recorded("deepseek-v3.1 no such tool", _V31, _V3_BROKEN, _V3_BROKEN),
+    Recorded("deepseek-v3.1 a section without calls", _V31, "<｜tool▁calls▁begin｜>No.", "<｜tool▁calls▁begin｜>No."),
+    Recorded(
+        "kimi-k2 text, two calls",
+        _K2,
+        "I look.<|tool_calls_section_begin|>"
+        + _K2_CALL.format("get_weather", 0)
+        + _K2_CALL.format("run_code", 1)
+        + "<|tool_calls_section_end|>",
+        "I look.",
+        [_WEATHER_CALL, ("run_code", _WEATHER_CALL[1])],
+    ),
+    Recorded("kimi-k2 an id without its number", _K2, _K2_BROKEN, _K2_BROKEN),
+    Recorded(
+        "gemma4 keys and strings as JSON has them",
+        _4,
+        '<|tool_call>call:run_code{code:"a\\n<|\\"",tags:[{"x \\u00e9" : "]"}, "b"]}<tool_call|>',
+        calls=[("run_code", {"code": 'a\n<|"', "tags": [{"x é": "]"}, "b"]})],
+    ),
     Recorded(
         "glm reasoning, text, two calls",
         _G,

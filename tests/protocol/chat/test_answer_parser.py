@@ -44,6 +44,15 @@ def test_arguments_are_passed_on_as_they_come() -> None:
     assert "".join(event.text for event in events if isinstance(event, CallArguments)) == '{"city": "Ber'
 
 
+def test_a_call_of_kimi_has_the_id_that_the_model_wrote_unless_another_has_it() -> None:
+    call = "<|tool_call_begin|>functions.get_weather:{}<|tool_call_argument_begin|>{{}}<|tool_call_end|>"
+    parser = AnswerParser(ChatFormat("kimi-k2"), OfferedTools(TOOLS))
+    events = [*parser.push("".join(call.format(number) for number in (3, 4, 3))), *parser.finish()]
+    ids = [event.call_id for event in events if isinstance(event, CallBegin)]
+    assert ids[:2] == ["functions.get_weather:3", "functions.get_weather:4"]
+    assert ids[2].startswith("functions.get_weather:3-")
+
+
 def test_without_tools_markers_are_text() -> None:
     parser = AnswerParser(ChatFormat("hermes"))
     text = '<tool_call>{"name": "get_weather", "arguments": {}}</tool_call> \n'
@@ -88,6 +97,9 @@ def test_a_call_that_breaks_takes_no_place_of_another() -> None:
     [
         ("<tool_call>{name}\n<arg_key>{k}</arg_key> … '<think>' + text + '</think>'", ("glm", "think")),
         ('<minimax:tool_call>\n<invoke name="tool"> … <think>', ("minimax", "think")),
+        ("<｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json … </think>", ("deepseek-v3", "think")),
+        ("<｜Assistant｜><｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜> …", ("deepseek-v3.1", "")),
+        ("<|im_middle|>… <|tool_calls_section_begin|>", ("kimi-k2", "")),
         ("<|turn>model … <|tool_call>call: … <|channel>thought\n", ("gemma4", "gemma4")),
         ("[func_name1(params_name1=params_value1), func_name2(params)]", ("pythonic", "")),
         ('<tool_call>{"name": "f"}</tool_call> … <think>', ("hermes", "think")),

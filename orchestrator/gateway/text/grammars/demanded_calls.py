@@ -4,22 +4,33 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mgpu.orchestrator.gateway.text.grammars import demanded_gemma as gemma
 from mgpu.orchestrator.gateway.text.grammars import demanded_harmony as harmony
 from mgpu.orchestrator.gateway.text.grammars import demanded_pythonic as pythonic
 from mgpu.orchestrator.gateway.text.grammars import demanded_tagged as tagged
 from mgpu.orchestrator.gateway.text.grammars.demanded_parts import quoted, without_brackets
 from mgpu.protocol.chat.formats import HARMONY
+from mgpu.protocol.chat.sections import FENCE, DeepSeek, Kimi
 
 MOST_CALLS = 16
 """In an answer that must have one, so that a small model comes to an end."""
+_V3, _K2 = DeepSeek, Kimi
 _FORMS: dict[str, tuple[str, str, str, str, str, str]] = {
     # Before the first call, before a name, before arguments, after them, between two calls, after the last.
     "hermes": ("", '<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", "\n", ""),
     "llama": ("", '{"name": "', '", "parameters": ', "}", "; ", ""),
     "mistral": ("[TOOL_CALLS][", '{"name": "', '", "arguments": ', "}", ", ", "]"),
-}
-PYTHONIC = "pythonic"
-_AROUND = {**dict.fromkeys(tagged.TAGGED, ("", "\n", "")), PYTHONIC: ("[", ", ", "]")}
+    "deepseek-v3": (
+        _V3.section, f"{_V3.call}function{_V3.separator}", f"\n{FENCE}json\n", f"\n{FENCE}{_V3.call_end}", "\n",
+        _V3.section_end,
+    ),
+    "deepseek-v3.1": (_V3.section, _V3.call, _V3.separator, _V3.call_end, "", _V3.section_end),
+    "kimi-k2": (
+        _K2.section, f"{_K2.call}functions.", f":0{_K2.separator}", _K2.call_end, "", _K2.section_end
+    ),
+}  # fmt: skip
+PYTHONIC, GEMMA = "pythonic", "gemma4"
+_AROUND = {**dict.fromkeys(tagged.TAGGED, ("", "\n", "")), PYTHONIC: ("[", ", ", "]"), GEMMA: ("", "", "")}
 """Before the first call, between two calls, after the last."""
 FORMATS = (*_FORMS, *_AROUND, HARMONY)
 _JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
@@ -71,6 +82,8 @@ def _call_rules(at: int, function: Mapping[str, Any], tool_format: str) -> list[
         return tagged.call_rules(f"call_{at}", function, _JSON_OPTIONS, tool_format)
     if tool_format == PYTHONIC:
         return pythonic.call_rules(f"call_{at}", function, _JSON_OPTIONS)
+    if tool_format == GEMMA:
+        return gemma.call_rules(f"call_{at}", function, _JSON_OPTIONS)
     if tool_format == HARMONY:
         return harmony.call_rules(at, function["name"], _schema(function))
     _, before_name, before_arguments, end, _, _ = _FORMS[tool_format]

@@ -1,7 +1,7 @@
 """What grammars of demanded calls share: texts in them, and parameters of formats that write each by itself."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,29 @@ def parameters_of(function: Mapping[str, Any], json_options: Mapping[str, Any]) 
     for key, value in properties.items():
         whole = {**shared, **value, "x-guidance": json_options} if isinstance(value, Mapping) else value
         yield Parameter(key, value, whole, key in required, f"the parameter {key[:60]!a} of {name}")
+
+
+def sequence_rules(rule: str, begin: str, parts: Sequence[tuple[str, bool]], between: str, end: str) -> list[str]:
+    """Return rules for parameters in their order, of which those that are not required may be left out.
+
+    ``parts``: what stands for each, and whether it is required. For the parameters 0 and 1, of which 0 may be left out,
+    after a first parameter has come (`more`), and before (`first`):
+
+        call: "f(" first_0 ")"
+        first_0: value_0 more_1 | first_1        more_1: ", " value_1 more_2
+        first_1: value_1 more_2                  more_2:
+    """
+    rules = [f"{rule}: {quoted(begin)} {rule}_first_0 {quoted(end)}"]
+    for at, (part, is_required) in enumerate(parts):
+        value, more = f"{rule}_value_{at}", f"{rule}_more_{at + 1}"
+        skips = ("", "") if is_required else (f" | {rule}_first_{at + 1}", f" | {more}")
+        rules += [
+            f"{value}: {part}",
+            f"{rule}_first_{at}: {value} {more}{skips[0]}",
+            f"{rule}_more_{at}: {quoted(between)} {value} {more}{skips[1]}",
+        ]
+    last = len(parts)
+    return [*rules, f'{rule}_first_{last}: ""', f'{rule}_more_{last}: ""']
 
 
 def check_keys(what: str, schema: object, known: set[str]) -> None:

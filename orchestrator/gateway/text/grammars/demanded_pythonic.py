@@ -13,6 +13,7 @@ from mgpu.orchestrator.gateway.text.grammars.demanded_parts import (
     Parameter,
     parameters_of,
     quoted,
+    sequence_rules,
     without_brackets,
 )
 from mgpu.orchestrator.gateway.text.grammars.grammar import GrammarError
@@ -21,29 +22,13 @@ from mgpu.protocol.chat.pythonic import parse_call
 
 
 def call_rules(rule: str, function: Mapping[str, Any], json_options: Mapping[str, Any]) -> list[str]:
-    """Return the rule for a call of ``function``, and those that it needs. GrammarError if it cannot be enforced.
-
-    Parameters come in the order of the schema, and those that are not required may be left out. For a call with the
-    parameters 0 and 1, of which 0 may be left out, after a first parameter has come (`more`), and before (`first`):
-
-        call: "f(" first_0 ")"
-        first_0: value_0 more_1 | first_1        more_1: ", " value_1 more_2
-        first_1: value_1 more_2                  more_2:
-    """
+    """Return the rule for a call of ``function``, and those that it needs. GrammarError if it cannot be enforced."""
     parameters = list(parameters_of(function, json_options))
-    rules = [f"{rule}: {quoted(function['name'] + '(')} {rule}_first_0 {quoted(')')}"]
-    for at, each in enumerate(parameters):
+    for each in parameters:
         if not _can_be_keyword(each.name):
             raise GrammarError(f"{each.what} has a name that this format cannot write")
-        value, more = f"{rule}_value_{at}", f"{rule}_more_{at + 1}"
-        skips = ("", "") if each.is_required else (f" | {rule}_first_{at + 1}", f" | {more}")
-        rules += [
-            f"{value}: {quoted(each.name + '=')} {_value(each)}",
-            f"{rule}_first_{at}: {value} {more}{skips[0]}",
-            f'{rule}_more_{at}: ", " {value} {more}{skips[1]}',
-        ]
-    end = len(parameters)
-    return [*rules, f'{rule}_first_{end}: ""', f'{rule}_more_{end}: ""']
+    parts = [(f"{quoted(each.name + '=')} {_value(each)}", each.is_required) for each in parameters]
+    return sequence_rules(rule, function["name"] + "(", parts, ", ", ")")
 
 
 def _value(parameter: Parameter) -> str:

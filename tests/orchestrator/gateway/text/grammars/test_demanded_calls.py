@@ -33,6 +33,19 @@ CALLS = {
         "</minimax:tool_call>"
     ),
     "pythonic": '[get_weather(city="<A>")]',
+    "deepseek-v3": (
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n```json\n"
+        '{"city": "<A>"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
+    ),
+    "deepseek-v3.1": (
+        '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{"city": "<A>"}<｜tool▁call▁end｜>'
+        "<｜tool▁calls▁end｜>"
+    ),
+    "kimi-k2": (
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>"
+        '{"city": "<A>"}<|tool_call_end|><|tool_calls_section_end|>'
+    ),
+    "gemma4": '<|tool_call>call:get_weather{city:<|"|><A><|"|>}<tool_call|>',
     "mistral": '[TOOL_CALLS][{"name": "get_weather", "arguments": {"city": "<A>"}}]',
 }
 
@@ -149,28 +162,30 @@ def random_schema(rng: random.Random, depth: int = 2) -> Any:
     return plain[kind]
 
 
-def test_whatever_a_pythonic_grammar_lets_a_model_write_is_a_call_that_fits_the_schema() -> None:
+@pytest.mark.parametrize(("name", "mark"), [("pythonic", "]"), ("gemma4", "}")])
+def test_whatever_a_grammar_lets_a_model_write_is_a_call_that_fits_the_schema(name: str, mark: str) -> None:
     vocabulary = Vocabulary(0, [bytes([each]) for each in range(256)] + [b"</s>"], [256])
     rng, table = random.Random(7), token_table(vocabulary)
-    for _ in range(40):
+    for _ in range(25):
         names = rng.sample(["a", "b1", "_c", "été"], rng.randrange(4))
         shared = {"$defs": {"d": {"type": "string", "enum": ["'d'", "e"]}}}
-        tools = [pythonic_tool({name: random_schema(rng) for name in names}, names[::2], **shared)]
-        grammar = checked_grammar({"grammar": call_grammar(tools, "required", "pythonic", True)})
+        tools = [pythonic_tool({each: random_schema(rng) for each in names}, names[::2], **shared)]
+        grammar = checked_grammar({"grammar": call_grammar(tools, "required", name, True)})
         answer, written = GrammarFollower(grammar, vocabulary, [256], table), bytearray()
-        while (allowed := answer.allowed()) != {256} and len(written) < 600:
-            token = ord("]") if 256 not in allowed and len(written) > 200 and ord("]") in allowed else 0
+        while (allowed := answer.allowed()) != {256} and not (256 in allowed and len(written) > 200):
+            assert len(written) < 600
+            is_long = 256 not in allowed and len(written) > 200
+            token = ord(mark) if is_long and ord(mark) in allowed else 0
             token = token or rng.choice(sorted(allowed - {256}))
             answer.take([token])
             written.append(token)
-        assert len(written) < 600
         text = written.decode()
-        calls = found_in(text, tools, len(text), ChatFormat("pythonic"))
+        calls = found_in(text, tools, len(text), ChatFormat(name))
         assert calls
-        for name, arguments in calls:
-            assert name == "f-1"
+        for called, arguments in calls:
+            assert called == "f-1"
             jsonschema.validate(arguments, tools[0]["function"]["parameters"])
-        assert all(found_in(text, tools, cut, ChatFormat("pythonic")) == calls for cut in range(0, len(text), 7)), text
+        assert all(found_in(text, tools, cut, ChatFormat(name)) == calls for cut in range(0, len(text), 7)), text
 
 
 def coder_calls(properties: dict[str, Any], *values: tuple[str, str], **schema: Any) -> tuple[bool, str]:
