@@ -66,13 +66,12 @@ def _error(device: torch.device, linear: LinearFacts, dtype: torch.dtype) -> flo
         _plain(inputs, weights, state, tail, row, slice(end - count, end), count == context)
         for row, (end, count, context) in enumerate(zip(ends, _NEW_TOKENS, _CONTEXTS, strict=True))
     ]
-    out = torch.zeros((tokens, heads, value_dim), dtype=dtype, device=device)
     numbers_R = torch.arange(rows, device=device)
     starts = torch.tensor(ends, dtype=torch.int32, device=device)
     lens = torch.tensor(_CONTEXTS, dtype=torch.int32, device=device)
     decode = StateRows(numbers_R[:1], lens[:1])
     prompts = StateRows(aligned(numbers_R[1:]), aligned(lens[1:]), starts, owners_of(starts, tokens))
-    compute(inputs, state, tail, weights, StepStates(decode, prompts), out)
+    out = compute(inputs, state, tail, weights, StepStates(decode, prompts))
     errors = []
     for row, (end, count) in enumerate(zip(ends, _NEW_TOKENS, strict=True)):
         if count:

@@ -36,7 +36,9 @@ def _step_kernel(
     norm = tl.load(norm_ptr + value).to(tl.float32)
     wait_for_inputs(OVERLAP)
     context = tl.load(lens_ptr + r)
-    if context == 0:
+    out_ptr += (r * HEADS + head) * V
+    if context == 0:  # padding of a graph
+        tl.store(out_ptr + value, tl.zeros([V], out_ptr.dtype.element_ty))
         return
     state_ptr += tl.load(rows_ptr + r).to(tl.int64) * state_stride + head * (K * V)
     places = key[:, None] * V + value[None, :]
@@ -56,13 +58,16 @@ def _step_kernel(
     out = tl.sum(state * q[:, None], 0)
     gate = tl.load(gates_ptr + r * gates_stride + head * V + value).to(tl.float32)
     out = out * tl.rsqrt(tl.sum(out * out, 0) / V + eps) * norm * gate * tl.sigmoid(gate)
-    tl.store(out_ptr + (r * HEADS + head) * V + value, out.to(out_ptr.dtype.element_ty))
+    tl.store(out_ptr + value, out.to(out_ptr.dtype.element_ty))
 
 
 def rule_step(
     mixed_TC: Tensor, inputs: RuleInputs, state_NHKV: Tensor, weights: RuleWeights, rows: StateRows, out_THV: Tensor
 ) -> None:
-    """Write the gated and normalized outputs of rows that each have one token, the first ones; change their states."""
+    """Write the gated and normalized outputs of rows that each have one token, the first ones; change their states.
+
+    Rows that are left out yield zeros.
+    """
     heads, keys, device = weights.value_heads, weights.key_heads, mixed_TC.device
     dims = weights.key_dim, weights.value_dim
     _step_kernel[(heads, len(rows.lens_R))](

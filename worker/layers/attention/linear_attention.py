@@ -16,7 +16,8 @@ from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import key_head_range
 from mgpu.worker.attention.interface import StepAttention
 from mgpu.worker.kernels.linear import rule
-from mgpu.worker.kernels.linear.inputs import RuleInputs, RuleWeights, StepStates
+from mgpu.worker.kernels.linear.inputs import RuleInputs, RuleWeights, StateRows, StepStates
+from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.layers.activations import Activations, scaled
 from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, RowSlice, Storage
 from mgpu.worker.layers.module import Module
@@ -90,18 +91,20 @@ class LinearAttention(Module):
             dense = Storage(storage.dtype, storage.device)
             self.rates = ColumnParallelLinear(facts.hidden_size, narrow, False, dense)
         self.project = ColumnParallelLinear(facts.hidden_size, slices, False, held)
+        self._has_kernels = uses_kernels(storage.device)
         columns = range(heads.start * value_rows, heads.stop * value_rows)
         self.out = RowParallelLinear(columns, facts.hidden_size, False, group, storage.of_out())
 
     def __call__(self, x_TD: Activations, step: StepAttention, states: LayerStates) -> Delta:
         assert isinstance(x_TD, Tensor), "the norm before linear attention does not quantize"
-        projected = scaled(self.project(x_TD))
+        row = self._single_row(x_TD, step)
+        projected = scaled(self.project(x_TD)) if row is None else self._project_single_row(x_TD, row, states)
         rates = projected if self.rates is None else scaled(self.rates(x_TD))
         inputs_TC, gate_THV = self._inputs_and_gates(projected)
         rates = rates[:, -2 * self.num_values :]
         if step.states is not None:
             inputs = RuleInputs(inputs_TC, rates, gate_THV)
-            return self.out.partial(self._by_kernels(inputs, step.states, states).flatten(1))
+            return self.out.partial(self._by_kernels(inputs, step.states, states, row is not None).flatten(1))
         assert step.rows is not None, "only kernels are captured"
         beta_TH, fading_TH = rates.chunk(2, dim=-1)
         fadings = beta_TH.float().sigmoid(), self.constants.log_fading(fading_TH)
@@ -110,17 +113,27 @@ class LinearAttention(Module):
         gated_THV = normed_THV * F.silu(gate_THV.float())
         return self.out.partial(gated_THV.flatten(1).to(x_TD.dtype))
 
-    def _by_kernels(self, inputs: RuleInputs, step: StepStates, states: LayerStates) -> Tensor:
+    def _single_row(self, x_TD: Tensor, step: StepAttention) -> StateRows | None:
+        """Return the only row of a step, which decodes, if one kernel can project and convolve it."""
+        if not self._has_kernels or self.rates is not None or step.states is None or len(x_TD) != 1:
+            return None
+        return step.states.decode if step.states.prompts is None else None
+
+    def _project_single_row(self, x_1D: Tensor, row: StateRows, states: LayerStates) -> Tensor:
+        from mgpu.worker.kernels.linear.project import project_and_convolve
+
+        weight = self.project.held
+        assert isinstance(weight, Tensor), "packed projections have their rates apart"
+        return project_and_convolve(x_1D, weight, self.constants.weight, states.tail_NWC, row)
+
+    def _by_kernels(self, inputs: RuleInputs, step: StepStates, states: LayerStates, is_convolved: bool) -> Tensor:
         """Return gated outputs [T, H, V] and bring the states of the rows up to date."""
         from mgpu.worker.kernels.linear.compute import compute  # imports triton, which machines without a GPU may lack
 
         own = self.constants
         sizes = self.num_keys, self.key_dim, self.value_dim
         weights = RuleWeights(own.weight, own.norm, own.bias_H, own.log_rate_H, self.eps, *sizes)
-        # Tokens that only pad a step get zeros: what is undefined could be anything to the layers behind.
-        out_THV = torch.zeros(inputs.gates_THV.shape, dtype=own.weight.dtype, device=own.weight.device)
-        compute(inputs, states.state_NHKV, states.tail_NWC, weights, step, out_THV)
-        return out_THV
+        return compute(inputs, states.state_NHKV, states.tail_NWC, weights, step, is_convolved=is_convolved)
 
     def _inputs_and_gates(self, projected: Tensor) -> tuple[Tensor, Tensor]:
         """Return the inputs of the convolution [T, C], and the gates of the outputs."""

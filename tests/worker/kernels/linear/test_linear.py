@@ -19,8 +19,10 @@ from mgpu.worker.attention.rule_check import rule_problem
 from mgpu.worker.kernels.linear import rule
 from mgpu.worker.kernels.linear.convolve import convolve_decoding, convolve_prompts, empty_outputs
 from mgpu.worker.kernels.linear.inputs import RuleInputs, RuleWeights, StateRows, owners_of
+from mgpu.worker.kernels.linear.project import project_and_convolve
 from mgpu.worker.kernels.linear.scan import rule_scan
 from mgpu.worker.kernels.linear.step import rule_step
+from mgpu.worker.kernels.products.gemv import GemvTiling
 
 KEYS, SHARED, WIDTH = 2, 2, 4
 K, V = (128, 128) if torch.cuda.is_available() else (16, 32)
@@ -77,9 +79,32 @@ def test_decoding_rows_equal_the_rule(device: torch.device, dtype: torch.dtype) 
         if lens[at]:
             for found, wanted in zip((case.out[at], case.state[row], case.tail[row]), expected[at], strict=True):
                 assert relative_error(found, wanted.squeeze(0)) < tolerance(dtype)
-    assert (case.out[1] == 7.0).all()
+    assert not case.out[1].any()
     assert torch.equal(case.state[0], before[0])
     assert torch.equal(case.tail[0], before[1])
+
+
+@pytest.mark.parametrize(("context", "dtype"), [(0, torch.float32), (1, torch.bfloat16), (9, torch.float32)])
+def test_a_single_row_is_projected_and_convolved_at_once(
+    device: torch.device, dtype: torch.dtype, context: int
+) -> None:
+    case = Case(device, dtype, 1)
+    x, weight = torch.randn(1, 80, device=device).to(dtype), torch.randn(CHANNELS + 7, 80, device=device).to(dtype)
+    weight *= 80**-0.5
+    rows = StateRows(torch.tensor([4], device=device), torch.tensor([context], dtype=torch.int32, device=device))
+    if context == 1:
+        case.tail[4] = torch.nan
+    tail = case.tail.clone()
+    product = F.linear(x.float(), weight.float()).to(dtype)
+    mixed = empty_outputs(product, CHANNELS)
+    convolve_decoding(product[:, :CHANNELS], tail, case.weights.conv_CW, rows, mixed)
+    found = project_and_convolve(x, weight, case.weights.conv_CW, case.tail, rows, GemvTiling(64, 64, 1))
+    assert relative_error(found[:, CHANNELS:], product[:, CHANNELS:]) < tolerance(dtype)
+    if context:
+        assert relative_error(found[:, :CHANNELS], mixed) < 2 * tolerance(dtype)
+        assert relative_error(case.tail[4], tail[4]) < tolerance(dtype)
+    assert torch.equal(case.tail[:4], tail[:4])
+    assert context or torch.equal(case.tail[4], tail[4])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
@@ -117,16 +142,18 @@ def test_a_stage_by_kernels_equals_transformers(tiny_model: Callable[[str], Tiny
     model = tiny_model("qwen3.5")
     ids = model.prompt_ids
 
-    def work(group: ThreadGroup) -> tuple[Tensor, Tensor]:
+    def work(group: ThreadGroup) -> tuple[Tensor, Tensor, Tensor]:
         stages = Stages(read_checkpoint(model.folder), group, [range(3)], device=device)
         [stage] = stages.stages
         stage.assume_kernels()
         stage.max_positions = 32
         rows = [Row([9, 2, 11, 4]), Row([1, 0, 3, 5])]
         first = stages.step(make_batch([(rows[0], ids[:5]), (rows[1], ids[:2])], 4, device=device))
-        return first, stages.step(make_batch([(rows[1], ids[2:3]), (rows[0], ids[5:7])], 4, device=device))
+        second = stages.step(make_batch([(rows[1], ids[2:3]), (rows[0], ids[5:7])], 4, device=device))
+        return first, second, stages.step(make_batch([(rows[0], ids[7:8])], 4, device=device))
 
-    first, second = run_ranks(1, work)[0]
+    first, second, third = run_ranks(1, work)[0]
+    torch.testing.assert_close(third.cpu(), model.logits[[7]], atol=1e-4, rtol=0)
     torch.testing.assert_close(first.cpu(), model.logits[[4, 1]], atol=1e-4, rtol=0)
     torch.testing.assert_close(second.cpu(), model.logits[[2, 6]], atol=1e-4, rtol=0)
 
@@ -134,6 +161,6 @@ def test_a_stage_by_kernels_equals_transformers(tiny_model: Callable[[str], Tiny
 def test_the_check_at_the_start_finds_a_fault(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     linear = LinearFacts((True,), 1, 2, 16, 16, conv_width=4)
     assert rule_problem(device, linear, torch.float32) is None
-    monkeypatch.setattr(rule_check, "compute", lambda *parts: None)
+    monkeypatch.setattr(rule_check, "compute", lambda inputs, *parts: torch.zeros_like(inputs.gates_THV))
     assert "is off by" in str(rule_problem.__wrapped__(device, linear, torch.float32))
     assert "powers of two" in str(rule_problem(device, replace(linear, key_dim=24), torch.float32))
