@@ -22,7 +22,7 @@ from bench.formats import facts_in
 from bench.options import Sizes, numbers, sizes
 from bench.performance.rows import DECODE, PREFILL, SHOWN, TOKENS_PER_S
 from bench.performance.rows import row as make_row
-from bench.step import BLOCK, MOST_ROWS, decode, fill, make_runner, record, show
+from bench.step import BLOCK, MOST_ROWS, decode, make_runner, record, show
 from mgpu.launch.bench.report import Report
 from mgpu.launch.bench.shapes import SHAPES
 from mgpu.orchestrator.placement.split.sizes import active_bytes
@@ -77,8 +77,8 @@ def fill_caches(runner: ModelRunner) -> None:
 
 
 def new_rows(rows: int, length: int) -> list[NewRow]:
-    """Return rows with random prompts and room for what they decode."""
-    blocks = -(-(length + 8 * STEPS) // BLOCK)
+    """Return rows with random prompts and room for what they decode; nothing computes the prompts by itself."""
+    blocks = -(-(length + 10 * STEPS) // BLOCK)
     ids = [torch.randint(3, 1000, (length,), dtype=torch.int32).numpy().tobytes() for _ in range(rows)]
     return [NewRow(r, ids[r], length, [*range(r * blocks, (r + 1) * blocks)], RowSampling()) for r in range(rows)]
 
@@ -95,7 +95,7 @@ def decode_us(runner: ModelRunner, rows: int, context: int) -> list[float]:
 
 def measure_decoding(runner: ModelRunner, facts: ModelFacts, rows: int, report: Report, top: int) -> None:
     free(runner)
-    fill(runner, rows, CONTEXT)
+    runner.run(StepPlan(0, 0, [], new_rows(rows, CONTEXT), [], [], [], [], [], []))
     us = decode_us(runner, rows, CONTEXT)
     weights, kv, states = bytes_once(facts, runner, rows, CONTEXT + STEPS // 2)
     most = rows * BYTES_PER_S / (weights + kv + states)
@@ -112,7 +112,6 @@ def measure_decoding(runner: ModelRunner, facts: ModelFacts, rows: int, report: 
 
 def measure_contexts(runner: ModelRunner, contexts: Sequence[int], report: Report) -> None:
     free(runner)
-    fill_caches(runner)
     runner.run(StepPlan(0, 0, [], new_rows(MANY, max(contexts)), [], [], [], [], [], []))
     medians = []
     for context in contexts:
@@ -162,8 +161,8 @@ def main() -> None:
     if arguments.layers:
         config |= {"num_hidden_layers": arguments.layers}
         config |= {"layer_types": config["layer_types"][: arguments.layers]} if "layer_types" in config else {}  # type: ignore[index]
-    longest = max(CONTEXT, *arguments.contexts, *(length for _, length in prefill))
-    room = 8 * STEPS + BLOCK
+    longest = max([CONTEXT, *arguments.contexts, *(length for _, length in prefill)])
+    room = 10 * STEPS + BLOCK
     needed = [
         max(arguments.rows, default=1) * (CONTEXT + room),
         *(MANY * (context + room) for context in arguments.contexts),
@@ -176,11 +175,11 @@ def main() -> None:
     if arguments.rows or arguments.contexts:
         runner.warm_up(16, 0)
     for rows in arguments.rows:
-        measure_decoding(runner, facts, rows, report, arguments.top)
+        measure_decoding(runner, facts, rows, report, arguments.top if rows == arguments.rows[0] else 0)
     if arguments.contexts:
         measure_contexts(runner, arguments.contexts, report)
     for count, length in prefill:
-        measure_prefill(runner, count, length, report, arguments.top)
+        measure_prefill(runner, count, length, report, arguments.top if length == prefill[-1][1] else 0)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,11 @@ from bench.kernels.timing import KERNEL_MODULES, compile_only, set_overlap
 from mgpu.protocol.checkpoint.quantized.gguf import GGUF_FORMATS
 from mgpu.protocol.model.weight_format import WeightFormat
 from mgpu.worker.kernels.attention.decode import decode_attention
-from mgpu.worker.kernels.attention.inputs import LatentRows, NewLatents, PagedCache
+from mgpu.worker.kernels.attention.inputs import LatentProjections, LatentRows, NewLatents, PagedCache
 from mgpu.worker.kernels.attention.latent import latent_attention
 from mgpu.worker.kernels.attention.latent_cache import store_latents
+from mgpu.worker.kernels.attention.latent_heads import absorb, values
+from mgpu.worker.kernels.attention.latent_prefill import ContextPiece, PromptRows, latent_prefill
 from mgpu.worker.kernels.attention.prefill import prefill_attention
 from mgpu.worker.kernels.experts.choose import ExpertStacks, RouterWeights, sparse_mlp
 from mgpu.worker.kernels.products.choose import quantized_matmul
@@ -66,6 +68,11 @@ def attend_latents(rank: int, dtype: torch.dtype) -> None:
     rotated = store_latents(new, torch.zeros(4, 64), places, places, cache)
     rows = LatentRows(torch.zeros(2, 4, dtype=torch.int32), torch.ones(2, dtype=torch.int32))
     latent_attention(q, rotated, cache, rows, scale=1.0, out_THC=torch.zeros_like(q))
+    weight, out = torch.zeros(128, 256, rank, dtype=dtype), torch.zeros(2, 128, 128, dtype=dtype)
+    piece = ContextPiece(torch.zeros(3, dtype=torch.int64), torch.tensor([0, 3], dtype=torch.int32), 0)
+    prompts = PromptRows(rows.lens[:1], torch.tensor([0, 2], dtype=torch.int32), (piece, piece))
+    heads = LatentProjections(values(absorb(torch.zeros_like(out), weight), weight, 128), weight)
+    latent_prefill(heads, rotated, cache, prompts, scale=1.0, out_THV=out)
 
 
 def multiply(kind: WeightKind, rows: int, n: int, dtype: torch.dtype) -> None:

@@ -10,6 +10,8 @@ Rows that decode have one token each. In a prompt every token is a row of its ow
 
 # T tokens, R rows, H query heads, C components without position, K rotated ones, N blocks, B tokens per block, P pages
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,8 +30,18 @@ from mgpu.worker.kernels.runtime import (
 
 MOST_HEADS = 16
 """Of one tile. Their sums fill the registers of a program where latents have 512 components."""
-_STRETCH = 128
-"""Fewest tokens worth a program of their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class LatentRowTiling:
+    """How the context of a row is cut."""
+
+    block_n: int
+    """Tokens per step of a program."""
+    stretch: int = 128
+    """Fewest tokens worth a program of their own, a multiple of ``block_n``."""
+    num_warps: int = 4
+    num_stages: int = 2
 
 
 @triton.jit(do_not_specialize=["table_stride", "stats_offset", "splits"])
@@ -136,6 +148,7 @@ def latent_attention(
     scale: float,
     out_THC: Tensor,
     splits: int | None = None,
+    tiling: LatentRowTiling | None = None,
     workspace: Workspace | None = None,
 ) -> None:
     """Write the sums of latents that the tokens of ``rows`` attend to, which are in the cache already.
@@ -152,13 +165,13 @@ def latent_attention(
     slots = pairs * splits
     if splits > 1:
         workspace.require(slots * group * (rank + 2), pairs)
-    block_n = 16 if cache_NBK.dtype.itemsize > 2 else 32
+    tiling = tiling or LatentRowTiling(16 if cache_NBK.dtype.itemsize > 2 else 32)
     _latent_kernel[(num_q // group, splits, tokens)](
         q_THC, rotated_THK, cache_NBK, rows.tables_RP, rows.lens, rows.owners_T, out_THC, workspace.partials,
         workspace.counters,
         scale * LOG2_E, rows.tables_RP.stride(0), *q_THC.stride()[:2], *rotated_THK.stride()[:2],
         *cache_NBK.stride()[:2], slots * group * rank, splits,
         group, max(16, power_of_2(group)), power_of_2(group), rank, rotated,
-        cache_NBK.shape[1], block_n, _STRETCH, overlaps_launches(device),
-        **launch_options(device, 4, 2),
+        cache_NBK.shape[1], tiling.block_n, tiling.stretch, overlaps_launches(device),
+        **launch_options(device, tiling.num_warps, tiling.num_stages),
     )  # fmt: skip

@@ -23,7 +23,18 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mgpu.worker.kernels.attention.inputs import LOG2_E, LatentProjections
 from mgpu.worker.kernels.attention.prefill import ROWS_AT_ONCE, find_row
-from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, power_of_2, wait_for_inputs
+from mgpu.worker.kernels.runtime import (
+    HOPPER_SHARED_BYTES,
+    ceil_div,
+    launch_options,
+    overlaps_launches,
+    power_of_2,
+    shared_bytes,
+    wait_for_inputs,
+)
+
+_LARGE_TILES_BYTES = 140 << 10
+"""Shared memory from which on large tiles of DeepSeek's heads fit."""
 
 
 class ContextPiece(NamedTuple):
@@ -77,10 +88,12 @@ def plan_pieces(tables_RP: Tensor, lens: list[int], block_size: int, most_tokens
 def _load_rows(ref, row, column, n, exists, stride, COLUMNS: tl.constexpr, PAD: tl.constexpr, BULK: tl.constexpr):
     """Return [BLOCK_N, PAD] of a matrix from ``row`` and ``column`` on."""
     if BULK:
-        return ref.load([row, column])
-    d = tl.arange(0, PAD)
-    mask = exists[:, None] & (d < COLUMNS)[None, :]
-    return tl.load(ref + (row + n).to(tl.int64)[:, None] * stride + column + d[None, :], mask=mask, other=0.0)
+        tile = ref.load([row, column])
+    else:
+        d = tl.arange(0, PAD)
+        mask = exists[:, None] & (d < COLUMNS)[None, :]
+        tile = tl.load(ref + (row + n).to(tl.int64)[:, None] * stride + column + d[None, :], mask=mask, other=0.0)
+    return tile
 
 
 @triton.jit
@@ -178,9 +191,11 @@ def _latent_prefill_kernel(
     tl.store(out_ptr + places_out, out.to(out_ptr.dtype.element_ty), mask=mask & (is_last != 0))
 
 
-def choose_tiling(dtype: torch.dtype) -> LatentTiling:
-    """Float32 is for correctness, so its tiles are merely small."""
-    return LatentTiling(32, 16, 4, 2) if dtype.itemsize > 2 else LatentTiling(128, 64, 8, 2)
+def choose_tiling(dtype: torch.dtype, shared: int = HOPPER_SHARED_BYTES) -> LatentTiling:
+    """Pick tiles that fit into ``shared`` bytes. Float32 is for correctness, so its tiles are merely small."""
+    if dtype.itemsize > 2:
+        return LatentTiling(32, 16, 4, 2)
+    return LatentTiling(128, 64, 8, 2) if shared >= _LARGE_TILES_BYTES else LatentTiling(64, 32, 4, 2)
 
 
 def latent_prefill(
@@ -200,7 +215,7 @@ def latent_prefill(
     tokens, num_q, plain = heads.q_THP.shape
     rotated, (_, both, rank), value_dim = rotated_THK.shape[2], heads.weight_HXC.shape, heads.value_dim
     device, dtype = rotated_THK.device, rotated_THK.dtype
-    tiling = tiling or choose_tiling(dtype)
+    tiling = tiling or choose_tiling(dtype, shared_bytes(device))
     plain_pad, value_pad = (max(16, power_of_2(size)) for size in (plain, value_dim))
     # A tile that is wider than its part would read into the next one, and pitches must be multiples of 16 bytes.
     bulk = plain_pad == plain and value_pad == value_dim and num_q * both * dtype.itemsize % 16 == 0
