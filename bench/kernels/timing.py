@@ -124,6 +124,7 @@ KERNEL_MODULES = tuple(
         "attention.latent_prefill",
         "products.dequantize",
         "peers.exchange",
+        "experts.choose_in_groups",
         "experts.few",
         "experts.grouped",
         "experts.grouped_packed",

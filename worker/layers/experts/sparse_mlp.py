@@ -141,12 +141,20 @@ def _kernel_mlp() -> Compute:
 
 
 def _routed_kernel_mlp() -> Compute:
-    """Return the computation by kernels of experts that torch chooses."""
+    """Return the computation by kernels of experts that are chosen in groups, or by corrected scores."""
     from mgpu.worker.kernels.experts.choose import routed_experts
+    from mgpu.worker.kernels.experts.choose_in_groups import MOST_GROUPS, choose_in_groups
+
+    def choose(router: Router, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        facts, correction = router.facts, router.correction
+        if facts.choice is None or facts.choice.groups > MOST_GROUPS:
+            routing = router.route(x_TD)
+            return routing.experts_TA.to(torch.int32), routing.weights_TA
+        how = facts.choice, facts.active, facts.normalizes, None if correction is None else correction.weight
+        return choose_in_groups(scaled(router(x_TD)), *how)
 
     def compute(mlp: SparseMLP, x_TD: Tensor) -> tuple[Delta, bool]:
-        routing, stacks = mlp.router.route(x_TD), _stacks(mlp)
-        chosen = routing.experts_TA.to(torch.int32), routing.weights_TA
+        chosen, stacks = choose(mlp.router, x_TD), _stacks(mlp)
         return routed_experts(x_TD, stacks, chosen), stacks.includes_shared(len(x_TD))
 
     return compute

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from harness.kernel_checks import relative_error, tolerance
 from mgpu.protocol.checkpoint.quantized.gguf import GGUF_FORMATS
+from mgpu.protocol.model.expert_facts import ExpertChoice, ExpertFacts
 from mgpu.protocol.model.quantization import Quant, weight_format
 from mgpu.protocol.model.weight_format import WeightFormat
 from mgpu.worker.kernels.experts import choose
@@ -19,6 +20,7 @@ from mgpu.worker.kernels.experts.choose import (
     routed_experts,
     sparse_mlp,
 )
+from mgpu.worker.kernels.experts.choose_in_groups import choose_in_groups
 from mgpu.worker.kernels.experts.combine import PairRows
 from mgpu.worker.kernels.experts.few import FewTiling, SharedNetwork, few_tokens
 from mgpu.worker.kernels.experts.grouped import GroupedTiling, grouped_down, grouped_gate_up
@@ -26,6 +28,7 @@ from mgpu.worker.kernels.experts.route import route_few
 from mgpu.worker.kernels.experts.route_and_sort import Choice, route_and_sort
 from mgpu.worker.kernels.experts.sort import SortedPairs, most_tiles, sort_pairs
 from mgpu.worker.kernels.reference import rms_norm
+from mgpu.worker.layers.experts.router import ExpertCorrection, Router
 from mgpu.worker.layers.partial_sum import summed_tensor
 from mgpu.worker.quantization.packing import PackedWeight, dequantize
 from mgpu.worker.quantization.quantize import quantize
@@ -82,6 +85,30 @@ def test_routing_chooses_the_best_and_weighs_them(
         for chosen, weighed in found:
             assert torch.equal(chosen.long(), expected)
             torch.testing.assert_close(weighed, expected_weights, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("choice", "count", "normalizes", "is_corrected"),
+    [
+        (ExpertChoice("sigmoid", 4, 2, 2, True, 2.5), 24, True, True),
+        (ExpertChoice("softmax", 5, 3, 1), 20, False, False),
+        (ExpertChoice("sigmoid", has_correction=True), 13, True, True),
+        (ExpertChoice("softmax", scale=16.0), 64, True, False),
+    ],
+)
+def test_experts_of_the_best_groups_are_chosen_as_plain_torch_does(
+    device: torch.device, choice: ExpertChoice, count: int, normalizes: bool, is_corrected: bool
+) -> None:
+    logits, correction = draw(5, 3 * count, device=device)[:, :count], draw(count, device=device) * 0.1
+    router = object.__new__(Router)
+    router.facts = ExpertFacts(count, 3, 8, (True,), normalizes, choice=choice)
+    router.correction = ExpertCorrection(count, device) if is_corrected else None
+    if router.correction is not None:
+        router.correction.weight.copy_(correction)
+    expected = router._choose(logits, choice)
+    experts, weights = choose_in_groups(logits, choice, 3, normalizes, correction if is_corrected else None)
+    assert torch.equal(experts.long(), expected.experts_TA)
+    torch.testing.assert_close(weights, expected.weights_TA, atol=1e-6, rtol=1e-5)
 
 
 def check_tiles(pairs: SortedPairs, experts_TA: Tensor, first: int, count: int) -> None:
