@@ -86,7 +86,7 @@ def _error(device: torch.device, shape: AttentionShape, window: int | None) -> f
     cache.v_NBJK[-1].fill_(torch.nan)
     table_PK = torch.rand((max(_CONTEXTS), dim), generator=generator, device=device) * 2 - 1
     batch = _batch(device, pages)
-    spec = AttentionSpec(dim**-0.5, window)
+    spec = AttentionSpec(dim**-0.5, window, in_chunks=shape.in_chunks)
     out_THK = TritonBackend().begin_step(batch, _BLOCK_SIZE).attend_packed(qkv_TAK, None, table_PK, cache, spec)
 
     turned_THK = rotate(qkv_TAK[:, :num_qk], table_PK[batch.positions])
@@ -100,6 +100,7 @@ def _error(device: torch.device, shape: AttentionShape, window: int | None) -> f
         batch.query_starts.tolist(),
         spec.scale,
         window,
+        shape.in_chunks,
     )
     error = float((out_THK.float() - expected_THK).norm() / expected_THK.norm())
     return error if error == error else torch.inf

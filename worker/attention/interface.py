@@ -29,6 +29,21 @@ class HeadNorms:
     eps: float
 
 
+Sight = tuple[int | None, bool]
+"""A window, and whether it is a chunk; see `AttentionSpec`."""
+
+
+def first_key(position: int, sight: Sight) -> int:
+    """Return the first position that the token at ``position`` sees.
+
+    Example: at position 10 with a window of 4 it is 7, with chunks of 4 it is 8.
+    """
+    window, in_chunks = sight
+    if window is None:
+        return 0
+    return position // window * window if in_chunks else max(0, position - window + 1)
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
     """What is constant in one layer."""
@@ -42,6 +57,13 @@ class AttentionSpec:
     """Scores become ``cap * tanh(score / cap)``; 0: they stay. Plain attention only."""
     sinks: Tensor | None = None
     """[H]: a score of each query head beside those of its context. Plain attention only."""
+    in_chunks: bool = False
+    """Positions are cut into chunks of ``window``, and a token sees itself and what is before it in its chunk."""
+
+    @property
+    def sight(self) -> "Sight":
+        """Return what decides which keys a token sees."""
+        return self.window, self.in_chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +84,8 @@ class AttentionShape:
     """That of the layers whose heads have sizes of their own (Gemma 4's full attention), if there are any."""
     latent: LatentFacts | None = None
     """Set for attention to latents, which are keys and values at once."""
+    in_chunks: bool = False
+    """The windows are chunks; see `AttentionSpec`."""
 
     @property
     def expanded_bytes(self) -> int:

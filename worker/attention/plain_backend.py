@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mgpu.worker.attention.cpu_decode import MAX_BYTES, CpuDecodeStep, TransposedKeys
-from mgpu.worker.attention.interface import AttentionSpec
+from mgpu.worker.attention.interface import AttentionSpec, Sight, first_key
 from mgpu.worker.attention.plain_attention import attend
 from mgpu.worker.state.batch import StepBatch, StepRows
 from mgpu.worker.state.kv_cache import LayerCache, widen
@@ -60,7 +60,7 @@ class PlainBackend:
 
 @dataclass(slots=True)
 class _View:
-    """The part of the cache that a group of rows sees in the layers of one window."""
+    """The part of the cache that a group of rows sees in layers of the same sight."""
 
     slots: Tensor | None
     """int64 [R * S]; None: exactly the new tokens of the (prefill) row.
@@ -76,7 +76,7 @@ class _DecodeGroup:
     rows: list[int]
     tokens: Tensor | None
     """int64 [R]: the rows' tokens; None: all tokens of the step, in order."""
-    views: dict[int | None, _View] = field(default_factory=dict)
+    views: dict[Sight, _View] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -85,11 +85,11 @@ class _PrefillRow:
     start: int
     end: int
     context_len: int
-    views: dict[int | None, _View] = field(default_factory=dict)
+    views: dict[Sight, _View] = field(default_factory=dict)
 
 
 class PlainStep:
-    """One step. Views depend on the window only: the first layer of each window makes them for the others."""
+    """One step. Views depend on the sight only: the first layer of each sight makes them for the others."""
 
     packed = None
     latents = None
@@ -125,7 +125,7 @@ class PlainStep:
 
     def _context_slots(self) -> Tensor:
         """Return the slots of the whole contexts of plain decode rows."""
-        slots = self._view_of(self._decode[0], None, torch.float32).slots
+        slots = self._view_of(self._decode[0], (None, False), torch.float32).slots
         assert slots is not None
         return slots
 
@@ -192,7 +192,7 @@ class PlainStep:
     def _attend_decode(
         self, group: _DecodeGroup, q_RHK: Tensor, stores: tuple[Tensor, Tensor], spec: AttentionSpec
     ) -> Tensor:
-        view = self._view_of(group, spec.window, q_RHK.dtype)
+        view = self._view_of(group, spec.sight, q_RHK.dtype)
         assert view.slots is not None
         rows, num_q, dim = q_RHK.shape
         num_kv = stores[0].shape[1]
@@ -212,14 +212,14 @@ class PlainStep:
         )
         return k_SJK, v_SJK
 
-    def _view_of(self, group: _DecodeGroup, window: int | None, dtype: torch.dtype) -> _View:
-        if window not in group.views:
-            group.views[window] = self._decode_view(group, window, dtype)
-        return group.views[window]
+    def _view_of(self, group: _DecodeGroup, sight: Sight, dtype: torch.dtype) -> _View:
+        if sight not in group.views:
+            group.views[sight] = self._decode_view(group, sight, dtype)
+        return group.views[sight]
 
-    def _decode_view(self, group: _DecodeGroup, window: int | None, dtype: torch.dtype) -> _View:
+    def _decode_view(self, group: _DecodeGroup, sight: Sight, dtype: torch.dtype) -> _View:
         lens = [self._batch.context_lens_host[row] for row in group.rows]
-        seen = [min(count, window) if window is not None else count for count in lens]
+        seen = [count - first_key(count - 1, sight) for count in lens]
         tables_RB = self._batch.block_tables
         if group.tokens is not None:
             tables_RB = tables_RB[torch.tensor(group.rows, device=self._device)]
@@ -241,9 +241,9 @@ class PlainStep:
         stores: tuple[Tensor, Tensor],
         spec: AttentionSpec,
     ) -> Tensor:
-        if spec.window not in row.views:
-            row.views[spec.window] = self._prefill_view(row, spec.window)
-        view = row.views[spec.window]
+        if spec.sight not in row.views:
+            row.views[spec.sight] = self._prefill_view(row, spec.sight)
+        view = row.views[spec.sight]
         k_SJK, v_SJK = new
         if view.slots is not None:
             k_SJK, v_SJK = self._gather(stores, view.slots, q_QHK.dtype)
@@ -256,16 +256,15 @@ class PlainStep:
         out_JGQK = attend(q_JGQK, k_JGSK, v_JGSK, view.mask, view.mask is None, spec, sinks)
         return out_JGQK.permute(2, 0, 1, 3).reshape(q_QHK.shape)
 
-    def _prefill_view(self, row: _PrefillRow, window: int | None) -> _View:
-        first_query = row.context_len - (row.end - row.start)
+    def _prefill_view(self, row: _PrefillRow, sight: Sight) -> _View:
+        first_query, (window, in_chunks) = row.context_len - (row.end - row.start), sight
         if first_query == 0 and (window is None or row.context_len <= window):
             return _View(None, None)
-        first_key = max(0, first_query - window + 1) if window is not None else 0
-        keys_1S = torch.arange(first_key, row.context_len, device=self._device).unsqueeze(0)
+        keys_1S = torch.arange(first_key(first_query, sight), row.context_len, device=self._device).unsqueeze(0)
         queries_Q1 = torch.arange(first_query, row.context_len, device=self._device).unsqueeze(1)
         mask_QS = keys_1S <= queries_Q1
         if window is not None:
-            mask_QS &= keys_1S > queries_Q1 - window
+            mask_QS &= keys_1S >= queries_Q1 // window * window if in_chunks else keys_1S > queries_Q1 - window
         if first_query == 0:
             return _View(None, mask_QS)
         table_1B = self._batch.block_tables[row.row : row.row + 1]

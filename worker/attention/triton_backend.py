@@ -12,6 +12,7 @@ longer one is left to the prefill kernel, which takes any length.
 
 from dataclasses import dataclass, replace
 from itertools import takewhile
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -34,6 +35,17 @@ EXPANDED_BYTES = 256 << 20
 """Memory for keys and values that are projected from latents, at once."""
 LEAST_QUERIES = 64
 """Fewest new tokens for which a context's keys and values are projected from latents (see docs/kernels.md)."""
+
+
+class _Reach(TypedDict):
+    scale: float
+    window: int | None
+    in_chunks: bool
+
+
+def _reach(spec: AttentionSpec) -> _Reach:
+    """Return what kernels take of a layer's constants."""
+    return {"scale": spec.scale, "window": spec.window, "in_chunks": spec.in_chunks}
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +133,7 @@ class TritonStep:
         norms = (spec.norms.q_weight, spec.norms.k_weight, spec.norms.eps) if spec.norms is not None else ()
         heads = PackedHeads(qkv_TAK, table_PK, scale_T, *norms)
         if self.decode is not None and self.prompts is None:
-            return decode_attention(heads, self.decode.of(cache), scale=spec.scale, window=spec.window)
+            return decode_attention(heads, self.decode.of(cache), **_reach(spec))
         q_THK = rope_and_cache(heads, self.positions_T, self.slots_T, cache.k_NBJK, cache.v_NBJK)
         return self._attend_queries(q_THK, cache, spec)
 
@@ -142,11 +154,11 @@ class TritonStep:
         if self.decode is not None:
             count = len(self.decode.lens_R)
             rows, out_RHK = self.decode.of(cache), out_THK[:count]
-            decode_attention(q_THK[:count], rows, scale=spec.scale, window=spec.window, out_RHK=out_RHK)
+            decode_attention(q_THK[:count], rows, **_reach(spec), out_RHK=out_RHK)
         if self.prompts is not None:
             assert self.prompts.starts is not None
             rows, starts = self.prompts.of(cache), self.prompts.starts
-            prefill_attention(q_THK, rows, starts, scale=spec.scale, window=spec.window, out_THK=out_THK)
+            prefill_attention(q_THK, rows, starts, **_reach(spec), out_THK=out_THK)
         return out_THK
 
     @property

@@ -16,6 +16,7 @@ def paged_attention(
     query_starts: list[int],
     scale: float,
     window: int | None = None,
+    in_chunks: bool = False,
 ) -> Tensor:
     """Attend with the last ``query_starts[r + 1] - query_starts[r]`` tokens of each row; float32 [T, H, K]."""
     out_THK = torch.zeros(q_THK.shape, dtype=torch.float32, device=q_THK.device)
@@ -32,7 +33,7 @@ def paged_attention(
         queries_Q1 = torch.arange(context - (end - begin), context, device=q_THK.device)[:, None]
         visible_QS = keys_S <= queries_Q1
         if window is not None:
-            visible_QS &= keys_S > queries_Q1 - window
+            visible_QS &= keys_S >= queries_Q1 // window * window if in_chunks else keys_S > queries_Q1 - window
         weights_HQS = scores_HQS.masked_fill(~visible_QS, -torch.inf).softmax(-1)
         out_THK[begin:end] = (weights_HQS @ v_HSK).transpose(0, 1)
     return out_THK

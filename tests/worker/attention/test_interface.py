@@ -8,7 +8,7 @@ from torch import Tensor
 
 from harness.stage_driver import Row, make_batch
 from mgpu.worker.attention.choose import select_backend
-from mgpu.worker.attention.interface import AttentionShape, AttentionSpec
+from mgpu.worker.attention.interface import AttentionShape, AttentionSpec, Sight
 from mgpu.worker.state.kv_cache import KvCache
 
 BLOCK = 4
@@ -37,7 +37,9 @@ def expected(history: History, first: int, end: int, spec: AttentionSpec) -> Ten
     scores_HQS = torch.einsum("qhk,shk->hqs", q_QHK, k_SHK) * spec.scale
     queries, keys = torch.arange(first, end)[:, None], torch.arange(end)[None, :]
     hidden = keys > queries
-    if spec.window is not None:
+    if spec.window is not None and spec.in_chunks:
+        hidden |= keys // spec.window < queries // spec.window
+    elif spec.window is not None:
         hidden |= keys <= queries - spec.window
     return torch.einsum("hqs,shk->qhk", scores_HQS.masked_fill(hidden, -torch.inf).softmax(-1), v_SHK)
 
@@ -74,9 +76,9 @@ def shuffled_rows(lengths: list[int]) -> tuple[list[Row], int]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("window", [None, 1, 5, 1000])
+@pytest.mark.parametrize("sight", [(None, False), (1, False), (5, False), (1000, False), (5, True), (8, True)], ids=str)
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (4, 1)], ids=str)
-def test_mixed_steps_equal_full_attention(heads: tuple[int, int], window: int | None, dtype: torch.dtype) -> None:
+def test_mixed_steps_equal_full_attention(heads: tuple[int, int], sight: Sight, dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     lengths = [23, 9, 14, 1]
     rows, num_blocks = shuffled_rows(lengths)
@@ -89,14 +91,22 @@ def test_mixed_steps_equal_full_attention(heads: tuple[int, int], window: int | 
         {0: 8, 1: 3},
         {1: 1, 2: 1},
     ]
-    run_steps(histories, rows, steps, nan_cache(num_blocks, heads[1], dtype), AttentionSpec(0.3, window))
+    run_steps(
+        histories, rows, steps, nan_cache(num_blocks, heads[1], dtype), AttentionSpec(0.3, sight[0], in_chunks=sight[1])
+    )
 
 
-@pytest.mark.parametrize("window", [None, 300])
-def test_decoding_rows_of_very_different_lengths_equal_full_attention(window: int | None) -> None:
+@pytest.mark.parametrize("sight", [(None, False), (300, False), (300, True)], ids=str)
+def test_decoding_rows_of_very_different_lengths_equal_full_attention(sight: Sight) -> None:
     torch.manual_seed(2)
     lengths = [1200, 3, 600, 250, 40]
     rows, num_blocks = shuffled_rows(lengths)
     histories = [make_history(length, 6, 2, torch.float32) for length in lengths]
     steps = [{row: length - 1 for row, length in enumerate(lengths)}, dict.fromkeys(range(5), 1)]
-    run_steps(histories, rows, steps, nan_cache(num_blocks, 2, torch.float32), AttentionSpec(0.25, window))
+    run_steps(
+        histories,
+        rows,
+        steps,
+        nan_cache(num_blocks, 2, torch.float32),
+        AttentionSpec(0.25, sight[0], in_chunks=sight[1]),
+    )

@@ -72,7 +72,7 @@ def _decode_kernel(
     table_stride, q_row_stride, block_stride, token_stride, head_stride, stats_offset, splits,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, STRETCH: tl.constexpr, AT_ONCE: tl.constexpr,
-    FP8: tl.constexpr, PACKED: tl.constexpr, OVERLAP: tl.constexpr, ASSEMBLY: tl.constexpr,
+    CHUNKED: tl.constexpr, FP8: tl.constexpr, PACKED: tl.constexpr, OVERLAP: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     split = tl.program_id(1)
@@ -80,7 +80,7 @@ def _decode_kernel(
     num_heads = tl.num_programs(0)
     wait_for_inputs(OVERLAP)
     context = tl.load(lens_ptr + row)
-    first = tl.maximum(context - window, 0)
+    first = tl.maximum(context - 1, 0) // window * window if CHUNKED else tl.maximum(context - window, 0)
     # Stretches are whole tiles; a row without context (padding of a graph) has one, empty, and yields zeros.
     aligned = first // BLOCK_N * BLOCK_N
     stretch = tl.maximum(tl.cdiv(tl.cdiv(context - aligned, splits), BLOCK_N) * BLOCK_N, STRETCH)
@@ -199,6 +199,7 @@ def decode_attention(
     *,
     scale: float,
     window: int | None = None,
+    in_chunks: bool = False,
     tiling: DecodeTiling | None = None,
     out_RHK: Tensor | None = None,
     workspace: Workspace | None = None,
@@ -207,8 +208,9 @@ def decode_attention(
 
     ``heads``: queries [R, H, K] with any row stride, whose tokens are in the cache already. Or the packed product, for
     which `rope_and_cache` is done at once: the new key and value go to the place that the block table says, and rows
-    with a context of 0 write nothing. ``window``: the last tokens that are seen, itself included. Rows with a context
-    of 0 yield zeros. K is a power of two from 16 on, of a float8 cache from 32 on.
+    with a context of 0 write nothing. ``window``: the last tokens that are seen, itself included; ``in_chunks``: what
+    is seen begins at a multiple of it instead. Rows with a context of 0 yield zeros. K is a power of two from 16 on, of
+    a float8 cache from 32 on.
     """
     num_kv, packed = cache.num_kv, None
     if isinstance(heads, PackedHeads):
@@ -235,7 +237,7 @@ def decode_attention(
         cache.tables_RP.stride(0), heads.stride(0), *k.stride()[:3], slots * group * dim, tiling.splits,
         group, max(16, power_of_2(group)), power_of_2(group), dim,
         cache.block_size, tiling.block_n, tiling.stretch, COMBINE,
-        cache.is_fp8, packed is not None, overlaps_launches(device), not INTERPRETED,
+        in_chunks, cache.is_fp8, packed is not None, overlaps_launches(device), not INTERPRETED,
         **launch_options(device, tiling.num_warps, tiling.num_stages),
     )  # fmt: skip
     return out_RHK

@@ -101,11 +101,17 @@ def _load_tile(
 
 
 @triton.jit
-def _scores(q, k, start, positions, window, MASKED: tl.constexpr, BLOCK_N: tl.constexpr):
+def _first_key(positions, window, CHUNKED: tl.constexpr):
+    """Return the first key that a query sees; it may be negative."""
+    return positions // window * window if CHUNKED else positions - window + 1
+
+
+@triton.jit
+def _scores(q, k, start, positions, window, MASKED: tl.constexpr, CHUNKED: tl.constexpr, BLOCK_N: tl.constexpr):
     scores = tl.dot(q, k.to(q.dtype), input_precision="ieee")
     if MASKED:
         n = start + tl.arange(0, BLOCK_N)
-        visible = (n[None, :] <= positions[:, None]) & (n[None, :] > positions[:, None] - window)
+        visible = (n[None, :] <= positions[:, None]) & (n[None, :] >= _first_key(positions, window, CHUNKED)[:, None])
         scores = tl.where(visible, scores, float("-inf"))
     return scores
 
@@ -114,7 +120,8 @@ def _scores(q, k, start, positions, window, MASKED: tl.constexpr, BLOCK_N: tl.co
 def _attend_tiles(
     acc, peak, total, q, k_ref, v_ref, table_ptr, kv_head, begin, end, positions, context, scale, window,
     block_stride, token_stride, head_stride,
-    MASKED: tl.constexpr, BULK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr, CHUNKED: tl.constexpr, BULK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Continue the running softmax over the keys [begin, end) of one KV head; ``begin`` is a multiple of BLOCK_N.
 
@@ -125,7 +132,7 @@ def _attend_tiles(
             k_ref, v_ref, table_ptr, kv_head, start, context, block_stride, token_stride, head_stride,
             MASKED, BULK, HEAD_DIM, BLOCK_SIZE, BLOCK_N,
         )  # fmt: skip
-        scores = _scores(q, k, start, positions, window, MASKED, BLOCK_N)
+        scores = _scores(q, k, start, positions, window, MASKED, CHUNKED, BLOCK_N)
         new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
         # A step may hide all of its keys from a query (window): then the peak stays -inf, and exp2 must not see NaN.
         known = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
@@ -142,7 +149,7 @@ def _prefill_kernel(
     q_ptr, k_ref, v_ref, tables_ptr, lens_ptr, starts_ptr, out_ptr,
     num_rows, scale, v_scale, window,
     table_stride, q_stride, out_stride, block_stride, token_stride, head_stride,
-    WINDOWED: tl.constexpr, BULK: tl.constexpr, FP8: tl.constexpr,
+    WINDOWED: tl.constexpr, CHUNKED: tl.constexpr, BULK: tl.constexpr, FP8: tl.constexpr,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -174,16 +181,16 @@ def _prefill_kernel(
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if WINDOWED:
-        masked_from = tl.maximum(first_position - window + 1, 0) // BLOCK_N * BLOCK_N
+        masked_from = tl.maximum(_first_key(first_position, window, CHUNKED), 0) // BLOCK_N * BLOCK_N
     else:
         masked_from = (first_position + 1) // BLOCK_N * BLOCK_N
         acc, peak, total = _attend_tiles(
             acc, peak, total, q, k_ref, v_ref, table_ptr, kv_head, 0, masked_from, positions, context, scale, window,
-            block_stride, token_stride, head_stride, False, BULK, HEAD_DIM, BLOCK_SIZE, BLOCK_N,
+            block_stride, token_stride, head_stride, False, CHUNKED, BULK, HEAD_DIM, BLOCK_SIZE, BLOCK_N,
         )  # fmt: skip
     acc, peak, total = _attend_tiles(
         acc, peak, total, q, k_ref, v_ref, table_ptr, kv_head, masked_from, end, positions, context, scale, window,
-        block_stride, token_stride, head_stride, True, BULK, HEAD_DIM, BLOCK_SIZE, BLOCK_N,
+        block_stride, token_stride, head_stride, True, CHUNKED, BULK, HEAD_DIM, BLOCK_SIZE, BLOCK_N,
     )  # fmt: skip
     out = acc * (v_scale / total)[:, None]
     offsets = (start + m).to(tl.int64)[:, None] * out_stride + head * HEAD_DIM + d[None, :]
@@ -224,14 +231,15 @@ def prefill_attention(
     *,
     scale: float,
     window: int | None = None,
+    in_chunks: bool = False,
     tiling: PrefillTiling | None = None,
     out_THK: Tensor | None = None,
 ) -> Tensor:
     """Attend from the last tokens of each row (already in the cache) to the row's context before and including them.
 
     Row r's queries are ``q_THK[query_starts[r]:query_starts[r + 1]]``, int32 [R + 1]; the first start need not be 0, so
-    that a mixed batch can leave its one-token rows to `decode_attention`. Only those queries are written. ``window``
-    and K are as in `decode_attention`.
+    that a mixed batch can leave its one-token rows to `decode_attention`. Only those queries are written. ``window``,
+    ``in_chunks`` and K are as in `decode_attention`.
     """
     tokens, num_q, dim = q_THK.shape
     rows, device = cache.lens_R.shape[0], q_THK.device
@@ -245,7 +253,7 @@ def prefill_attention(
         cache.tables_RP, cache.lens_R, query_starts, out_THK,
         rows, scale * cache.k_scale * LOG2_E, cache.v_scale, window or UNLIMITED,
         cache.tables_RP.stride(0), q_THK.stride(0), out_THK.stride(0), *k.stride()[:3],
-        window is not None, bulk, cache.is_fp8,
+        window is not None, in_chunks, bulk, cache.is_fp8,
         num_q // cache.num_kv, dim, block_size,
         tiling.block_m, tiling.block_n, ROWS_AT_ONCE, overlaps_launches(device),
         maxnreg=tiling.max_registers,

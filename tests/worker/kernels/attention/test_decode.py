@@ -40,6 +40,17 @@ def test_decode_attention_equals_reference(
     assert relative_error(got, expected) < tolerance(dtype)
 
 
+@pytest.mark.parametrize("chunk", [48, 64])
+def test_a_token_sees_its_own_chunk_alone(device: torch.device, chunk: int) -> None:
+    lens = [1, chunk, chunk + 1, 150]
+    cache = paged_cache(lens, 16, 1, 64, torch.float32, device)
+    q = torch.randn(len(lens), 2, 64, device=device)
+    expected = paged_attention(q, cache.k, cache.v, cache.tables, lens, list(range(5)), 0.125, chunk, in_chunks=True)
+    tiling = DecodeTiling(2, 32, 32)
+    got = decode_attention(q, cache.inputs(), scale=0.125, window=chunk, in_chunks=True, tiling=tiling)
+    assert relative_error(got, expected) < tolerance(torch.float32)
+
+
 @pytest.mark.parametrize(
     ("lens", "block_size", "kv_heads", "group", "dim", "window", "tiling"),
     [

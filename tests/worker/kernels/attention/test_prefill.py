@@ -55,6 +55,19 @@ def test_prefill_attention_equals_reference(
     assert (out[:first] == 7.0).all()
 
 
+@pytest.mark.parametrize("chunk", [24, 32])
+def test_tokens_see_their_own_chunks_alone(device: torch.device, chunk: int) -> None:
+    lens, starts = [70, 40], [0, 50, 90]  # a part of a prompt that begins within a chunk, and a whole one
+    cache = paged_cache(lens, 16, 1, 64, torch.float32, device)
+    q = torch.randn(90, 2, 64, device=device)
+    expected = paged_attention(q, cache.k, cache.v, cache.tables, lens, starts, 0.125, chunk, in_chunks=True)
+    got = prefill_attention(
+        q, cache.inputs(), torch.tensor(starts, dtype=torch.int32, device=device), scale=0.125, window=chunk,
+        in_chunks=True, tiling=PrefillTiling(16, 16, 4, 2),
+    )  # fmt: skip
+    assert relative_error(got, expected) < tolerance(torch.float32)
+
+
 @pytest.mark.parametrize(
     ("lens", "counts", "block_size", "group", "dim", "window", "tiling"),
     [
