@@ -58,6 +58,8 @@ class ExpertFacts:
     """True if experts and the network of ``shared_width`` have norms of their own, and the router scales (Gemma 4)."""
     choice: ExpertChoice | None = None
     """How the router chooses; None: the most probable experts by a softmax over all."""
+    weighs_inputs: bool = False
+    """True if the weight of a token's only expert is a factor on its input, not on its output (Llama 4)."""
 
     @property
     def shared_name(self) -> str:

@@ -27,7 +27,7 @@ ARCHITECTURES = (
     "llama", "mistral", "ministral", "ministral3", "qwen2", "qwen2_5_vl", "qwen3", "gemma2", "gemma3", "phi3",
     "granite", "olmo2", "olmo3", "smollm3", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "granitemoeshared",
     "gpt_oss", "qwen3_next", "qwen3_5", "qwen3_5_moe", "gemma4", "deepseek_v2", "deepseek_v3", "mistral4",
-    "glm4_moe", "minimax_m2",
+    "glm4_moe", "minimax_m2", "llama4",
 )  # fmt: skip
 """Family names used inside mgpu; protocol/checkpoint maps Hugging Face and GGUF names to them."""
 
@@ -107,7 +107,15 @@ class ModelFacts:
     rotated_size: int = 0
     """Components of a head that are rotated, the first ones; 0: all."""
     unrotated_layers: tuple[int, ...] = ()
-    """Layers without rotary embedding (SmolLM3)."""
+    """Layers without rotary embedding (SmolLM3, Llama 4)."""
+    windows_are_chunks: bool = False
+    """Sliding layers see what is before a token in its own chunk of ``sliding_window`` positions (Llama 4)."""
+    plain_qk_norm: bool = False
+    """Queries and keys of each head are normalized without a weight, in layers with rotary embedding (Llama 4)."""
+    query_growth: float = 0.0
+    """In layers without rotary embedding, queries at position p are multiplied by ``1 + growth * log(1 + (p + 1) //
+    growth_from)`` (Llama 4); 0: by 1."""
+    growth_from: int = 1
     attention_softcap: float = 0.0
     """Scores of attention become ``cap * tanh(score / cap)`` (Gemma 2); 0: they stay."""
     attention_sinks: bool = False
@@ -182,6 +190,10 @@ class ModelFacts:
         own, full = self, self.full_heads
         if full is not None and not self.sliding_layers[layer]:
             own = replace(own, num_kv_heads=full.num_kv, head_dim=full.head_dim, keys_are_values=full.keys_are_values)
+        if layer in self.unrotated_layers and self.plain_qk_norm:
+            own = replace(own, plain_qk_norm=False)
+        if layer not in self.unrotated_layers and self.query_growth:
+            own = replace(own, query_growth=0.0)
         if self.cache_source(layer) != layer:
             own = replace(own, has_own_keys=False, intermediate_size=self.intermediate_size * self.sharing_width)
         return own if own is self else replace(own, full_heads=None, cache_sources=())

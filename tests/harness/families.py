@@ -11,7 +11,7 @@ DENSE = (
 EXPERTS = (
     "mixtral", "mixtral-window", "qwen3-moe", "qwen3-moe-plain", "qwen2-moe", "gpt-oss", "granite-moe",
     "granite-moe-shared", "gemma4-moe", "deepseek-v2", "deepseek-v2-lite", "deepseek-v3",
-    "mistral4", "glm4-moe", "minimax-m2",
+    "mistral4", "glm4-moe", "minimax-m2", "llama4",
 )  # fmt: skip
 SHARED_CACHES = ("gemma4-small",)
 """Layers read the cache of others, so all must be on one stage."""

@@ -228,6 +228,17 @@ def tiny_config(family: str) -> Any:
         ),
         "glm4-moe": lambda: hf.Glm4MoeConfig(**TINY, **_PECULIAR["glm4_moe"], attention_bias=True),
         "minimax-m2": lambda: hf.MiniMaxM2Config(**(TINY | _PECULIAR["minimax_m2"]), rotary_dim=16),
+        "llama4": lambda: hf.Llama4TextConfig(
+            **TINY,
+            head_dim=32,
+            intermediate_size_mlp=80,
+            num_local_experts=4,
+            moe_layers=[0, 2],
+            no_rope_layers=[1, 0, 1],
+            attention_chunk_size=7,
+            floor_scale=8,
+            attn_scale=0.4,
+        ),
         "qwen2.5-vl": lambda: hf.Qwen2_5_VLConfig(
             text_config=dict(TINY, rope_parameters=mrope), vision_config=qwen_vision
         ),

@@ -48,8 +48,10 @@ class WeightReader:
         is_gguf = checkpoint.source.format == "gguf"
         self.norms_include_one = is_gguf and facts.architecture in ("gemma2", "gemma3")
         """True where the file's Gemma norm weights already have the 1 added that the model adds."""
-        # llama.cpp stores the q and k rows of llama-family models with the two rotary halves of a head interleaved.
-        self._interleaved_head_dim = facts.head_dim if is_gguf and facts.architecture in INTERLEAVED else 0
+        # llama.cpp stores the q and k rows of llama-family models with the two rotary halves of a head interleaved, and
+        # so does Llama 4 anywhere.
+        is_interleaved = facts.architecture in INTERLEAVED if is_gguf else facts.architecture == "llama4"
+        self._interleaved_head_dim = facts.head_dim if is_interleaved else 0
         self._head_dim, self._rotated_size = facts.head_dim, facts.rotated_size
         self._tensors = checkpoint.tensors
         self._progress = progress

@@ -233,7 +233,8 @@ class DecoderStage(Module):
             windows = tuple({context.window_of(index): None for index in layers})
             sizes = heads.num_q, heads.num_kv, own.head_dim
             shapes.append(AttentionShape(*sizes, self.dtype, windows, context.kv_cache_dtype, is_plain, linear))
-        return replace(shapes[0], wide=shapes[1] if shapes[1].windows else None, latent=facts.latent)
+        wide = shapes[1] if shapes[1].windows else None
+        return replace(shapes[0], wide=wide, latent=facts.latent, in_chunks=facts.windows_are_chunks)
 
     @property
     def has_owners(self) -> bool:

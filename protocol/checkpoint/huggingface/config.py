@@ -19,7 +19,7 @@ from mgpu.protocol.checkpoint.huggingface.families import CLASSES, FAMILIES, MOD
 from mgpu.protocol.checkpoint.huggingface.full_heads import full_heads
 from mgpu.protocol.checkpoint.huggingface.latent import latent_facts, latent_scale, with_default_rope
 from mgpu.protocol.checkpoint.huggingface.linear import linear_facts
-from mgpu.protocol.checkpoint.huggingface.sliding import read_sliding
+from mgpu.protocol.checkpoint.huggingface.sliding import read_sliding, unrotated_layers
 from mgpu.protocol.checkpoint.huggingface.small_gemma import cache_sources, per_layer_inputs, sharing_width
 from mgpu.protocol.checkpoint.quantized.config import SchemeOf, read_schemes, refusal
 from mgpu.protocol.checkpoint.rope.huggingface import read_rope, rotated_size
@@ -162,7 +162,7 @@ def _facts(family: str, outer: Fields, fields: Fields, generation: Fields) -> Mo
     return ModelFacts(
         architecture=family,
         hidden_size=hidden,
-        intermediate_size=fields.integer("intermediate_size", base.intermediate_size, high=8 * Limit.HIDDEN),
+        intermediate_size=_intermediate_size(fields, family, base),
         num_layers=num_layers,
         num_q_heads=num_q_heads,
         num_kv_heads=_num_kv_heads(fields, base, num_q_heads) if latent is None else 1,
@@ -189,7 +189,11 @@ def _facts(family: str, outer: Fields, fields: Fields, generation: Fields) -> Mo
         experts=expert_facts(fields, family, num_layers),
         norms_whole_heads=family in ("olmo2", "olmo3", "minimax_m2"),
         rotated_size=0 if latent is not None or rotated == head_dim else rotated,
-        unrotated_layers=_unrotated_layers(fields, family, num_layers),
+        unrotated_layers=unrotated_layers(fields, num_layers) if family in ("smollm3", "llama4") else (),
+        windows_are_chunks=family == "llama4",
+        plain_qk_norm=family == "llama4" and fields.boolean("use_qk_norm", True),
+        query_growth=_query_growth(fields, family),
+        growth_from=fields.integer("floor_scale", 8192) if family == "llama4" else 1,
         attention_softcap=_softcap(fields, family, "attn_logit_softcapping", 50.0),
         attention_sinks=family == "gpt_oss",
         residual_scale=_multiplier(fields, base, "residual_multiplier"),
@@ -225,6 +229,19 @@ def _biases(fields: Fields, base: Family) -> tuple[bool, bool]:
     return biased, biased and base.biases == "asked"
 
 
+def _intermediate_size(fields: Fields, family: str, base: Family) -> int:
+    """Return the width of dense feed-forward networks; Llama 4's key without an end is that of its experts."""
+    if family == "llama4":
+        return fields.integer("intermediate_size_mlp", 16384, high=8 * Limit.HIDDEN)
+    return fields.integer("intermediate_size", base.intermediate_size, high=8 * Limit.HIDDEN)
+
+
+def _query_growth(fields: Fields, family: str) -> float:
+    if family != "llama4" or not fields.boolean("attn_temperature_tuning", True):
+        return 0.0
+    return fields.number("attn_scale", 0.1)
+
+
 def _multiplier(fields: Fields, base: Family, key: str) -> float:
     return fields.number(key, 1.0) if base.is_granite else 1.0
 
@@ -233,17 +250,6 @@ def _softcap(fields: Fields, family: str, key: str, default: float) -> float:
     """Return the cap of Gemma 2 and 4; 0 where it is null, and in Gemma 4 where it is absent."""
     is_none = not fields.has(key) and (fields.declares(key) or family == "gemma4")
     return 0.0 if is_none or key not in _CAPS.get(family, ()) else fields.number(key, default)
-
-
-def _unrotated_layers(fields: Fields, family: str, num_layers: int) -> tuple[int, ...]:
-    """Return SmolLM3's layers without rotary embedding; its key names the others, in spite of what it is called."""
-    if family != "smollm3":
-        return ()
-    rotated = fields.list_of("no_rope_layers", int, num_layers)
-    if not rotated:
-        interval = fields.integer("no_rope_layer_interval", 4)
-        rotated = [int((layer + 1) % interval != 0) for layer in range(num_layers)]
-    return tuple(layer for layer, is_rotated in enumerate(rotated) if not is_rotated)
 
 
 def _refuse_unsupported(fields: Fields, family: str) -> None:

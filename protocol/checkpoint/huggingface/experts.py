@@ -33,6 +33,8 @@ def expert_facts(fields: Fields, family: str, num_layers: int) -> ExpertFacts | 
         return _minimax(fields, num_layers)
     if family in (*LATENT, "glm4_moe"):
         return _deepseek(fields, family, num_layers)
+    if family == "llama4":
+        return _llama4(fields, num_layers)
     if family in _QWEN:
         return _qwen(fields, family, num_layers)
     if family == "gemma4":
@@ -151,6 +153,24 @@ def _minimax(fields: Fields, num_layers: int) -> ExpertFacts:
             raise fields.error(key, f"is {str(fields.raw(key))[:40]!r}; minimax_m2 is supported with {value!r}")
     choice = ExpertChoice("sigmoid", has_correction=True)
     return ExpertFacts(count, active, width, (True,) * num_layers, normalizes=True, choice=choice)
+
+
+def _llama4(fields: Fields, num_layers: int) -> ExpertFacts | None:
+    count, active = _counts(fields, "num_local_experts", 16, 1)
+    if active != 1:
+        raise fields.error("num_experts_per_tok", f"is {active}; llama4 is supported with 1 of its {count} experts")
+    named = fields.list_of("moe_layers", int)
+    step = fields.integer("interleave_moe_layer_step", 1)
+    layers = range(step - 1, num_layers, step) if named is None else named
+    if wrong := set(layers) - set(range(num_layers)):
+        raise fields.error("moe_layers", f"names layer {sorted(wrong, key=str)[0]}, and there are {num_layers}")
+    if not layers:
+        return None
+    width = fields.integer("intermediate_size", 8192, high=8 * Limit.HIDDEN)
+    return ExpertFacts(
+        count, active, width, tuple(layer in layers for layer in range(num_layers)), normalizes=False,
+        shared_width=width, choice=ExpertChoice("sigmoid"), weighs_inputs=True,
+    )  # fmt: skip
 
 
 def _first_of(fields: Fields, *keys: str) -> str:

@@ -74,6 +74,7 @@ FAMILIES = {
     "minimax_m2": Family(
         8, 128, 196608, False, 200034, (200020,), 3072, 1536, 62, 48, 200064, 5e6, biases="none", qk_norm=True
     ),
+    "llama4": Family(8, 128, 131072, False, 1, (2,), 5120, 8192, 48, 40, 202048, theta=5e5, eps=1e-5),
     "deepseek_v2": Family(None, None, 2048, False, 1, (2,), 4096, 11008, 32, 32, 102400, biases="none"),
     "deepseek_v3": Family(None, None, 4096, False, 0, (1,), 7168, 18432, 61, 128, 129280, biases="none"),
     "mistral4": Family(None, None, 1048576, False, 1, (2,), 4096, 12288, 36, 32, 131072, biases="none"),
@@ -110,6 +111,8 @@ CLASSES = {
     "MiniMaxM2ForCausalLM": "minimax_m2",
     "Gemma4ForCausalLM": "gemma4",
     "Gemma4ForConditionalGeneration": "gemma4",
+    "Llama4ForCausalLM": "llama4",
+    "Llama4ForConditionalGeneration": "llama4",
     "DeepseekV2ForCausalLM": "deepseek_v2",
     "DeepseekV3ForCausalLM": "deepseek_v3",
     "Mistral4ForCausalLM": "mistral4",
@@ -117,5 +120,6 @@ CLASSES = {
 MODEL_TYPES = {name: name for name in ARCHITECTURES} | {
     "gemma3_text": "gemma3", "gemma4_text": "gemma4", "mistral3": "mistral", "qwen2_5_vl_text": "qwen2_5_vl",
     "qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe", "kimi_k2": "deepseek_v3",
+    "llama4_text": "llama4",
 }  # fmt: skip
 """Models that only name their type."""

@@ -17,6 +17,8 @@ _PERIODS = {"gemma2": 2, "gpt_oss": 2, "olmo3": 4, "gemma4": 6}
 
 def read_sliding(fields: Fields, family: str, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
     """Return the window and which layers use it; (None, all False) without one."""
+    if family == "llama4":
+        return _read_chunks(fields, num_layers)
     if not _has_window(fields, family):
         return None, (False,) * num_layers
     window = fields.integer("sliding_window", _DEFAULT_WINDOW.get(family, 4096))
@@ -28,6 +30,32 @@ def read_sliding(fields: Fields, family: str, num_layers: int) -> tuple[int | No
     if family == "gemma4":
         sliding = (*sliding[:-1], False)  # whatever the configuration says of the last layer
     return window, sliding
+
+
+def _read_chunks(fields: Fields, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
+    """Return Llama 4's chunk and which layers use it: those with rotary embedding, if no kinds are named."""
+    if fields.declares("attention_chunk_size") and not fields.has("attention_chunk_size"):
+        return None, (False,) * num_layers
+    chunk = fields.integer("attention_chunk_size", 8192)
+    kinds = fields.list_of("layer_types", str, num_layers)
+    if kinds is None:
+        return chunk, tuple(layer not in unrotated_layers(fields, num_layers) for layer in range(num_layers))
+    for kind in kinds:
+        if kind not in ("chunked_attention", "full_attention"):
+            raise fields.error("layer_types", f"has {str(kind)[:40]!r}; supported: chunked_attention, full_attention")
+    return chunk, tuple(kind == "chunked_attention" for kind in kinds)
+
+
+def unrotated_layers(fields: Fields, num_layers: int) -> tuple[int, ...]:
+    """Return SmolLM3's and Llama 4's layers without rotary embedding.
+
+    The key names those with one, in spite of what it is called.
+    """
+    rotated = fields.list_of("no_rope_layers", int, num_layers)
+    if not rotated:
+        interval = fields.integer("no_rope_layer_interval", 4)
+        rotated = [int((layer + 1) % interval != 0) for layer in range(num_layers)]
+    return tuple(layer for layer, is_rotated in enumerate(rotated) if not is_rotated)
 
 
 def _has_window(fields: Fields, family: str) -> bool:

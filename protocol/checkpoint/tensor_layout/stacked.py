@@ -14,6 +14,7 @@ from dataclasses import replace
 from mgpu.protocol.checkpoint.files.tensors import TensorEntry, check_shape, rows_of
 from mgpu.protocol.checkpoint.tensor_layout.gpt_oss import gpt_oss_tensors
 from mgpu.protocol.checkpoint.tensor_layout.hybrid_tensors import hybrid_stored_name, hybrid_tensors
+from mgpu.protocol.checkpoint.tensor_layout.llama4 import llama4_tensors
 from mgpu.protocol.model.facts import HYBRID, LATENT, ModelFacts
 
 _LAYERS = "model.layers."
@@ -38,6 +39,7 @@ _RENAMED: dict[str, tuple[tuple[str, str], ...]] = {
     "granitemoeshared": _GRANITE,
     "gemma4": ((".experts.", ".mlp.experts."), (".router.proj.", ".mlp.gate.")),
     "gpt_oss": ((".mlp.router.", ".mlp.gate."),),
+    "llama4": ((".feed_forward.", ".mlp."), (".mlp.router.", ".mlp.gate.")),
     **dict.fromkeys((*LATENT, "glm4_moe"), ((".mlp.shared_experts.", ".mlp.shared_expert."),)),
 }  # fmt: skip
 """Parts of stored names, and what stands for them in mgpu, by family."""
@@ -89,6 +91,8 @@ def _parts(
     """Return the tensors that a stacked one consists of; None if it is not stacked."""
     if facts.architecture == "gpt_oss" and _EXPERTS in name:
         return gpt_oss_tensors(facts, name, entry, tensors)
+    if facts.architecture == "llama4" and _EXPERTS in name:
+        return llama4_tensors(facts, name, entry)
     if facts.linear is not None and (parts := hybrid_tensors(facts, name, entry)) is not None:
         return parts
     head, _, last = name.rpartition(".mlp.experts.")

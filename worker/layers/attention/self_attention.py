@@ -9,6 +9,7 @@ consecutive ranks hold copies of one. Ranks may have unequal numbers of KV heads
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mgpu.protocol.model.facts import ModelFacts
@@ -71,7 +72,11 @@ class Attention(Module):
             self.q_norm, self.k_norm = RMSNorm(*of_heads), RMSNorm(*of_heads)
         self.sinks = HeadSinks(heads, storage) if facts.attention_sinks else None
         sinks = None if self.sinks is None else self.sinks.weight
-        self.spec = AttentionSpec(facts.attention_scale, window, self._head_norms(), facts.attention_softcap, sinks)
+        self._plain_norms = _plain_norms(facts, storage) if facts.plain_qk_norm else None
+        self._growth = facts.query_growth, facts.growth_from
+        self.spec = AttentionSpec(
+            facts.attention_scale, window, self._head_norms(), facts.attention_softcap, sinks, facts.windows_are_chunks
+        )
 
     def __call__(self, x_TD: Activations, angles: Angles, attention: StepAttention, cache: LayerCache) -> Delta:
         qkv = self.qkv(x_TD)
@@ -80,6 +85,8 @@ class Attention(Module):
         if self._value_eps is not None:
             heads_TAK = self._heads(scaled(qkv))[0]
             qkv = self._normalize_values(heads_TAK, self.num_q, self.num_kv, self._value_eps).flatten(1)
+        if self._growth[0]:
+            qkv = self._grown(scaled(qkv), attention.positions_T)
         if isinstance(angles, Tensor):
             assert attention.packed is not None, "tables of angles are for packed attention"
             packed_TAK, scale_T = self._heads(qkv)
@@ -94,6 +101,14 @@ class Attention(Module):
         if gates_THK is not None:
             heads_TN = self._gate_heads(heads_TN, gates_THK.flatten(1), scale_T)
         return self.out.partial(heads_TN)
+
+    def _grown(self, qkv_TN: Tensor, positions_T: Tensor) -> Tensor:
+        """Multiply the queries by what their positions make them grow to."""
+        growth, start = self._growth
+        factors_T = 1.0 + growth * torch.log1p(((positions_T + 1) // start).float())
+        count = self.num_q * self.head_dim
+        grown_TN = qkv_TN[:, :count] * factors_T.to(qkv_TN.dtype).unsqueeze(1)
+        return torch.cat((grown_TN, qkv_TN[:, count:]), dim=1)
 
     def _without_gates(self, heads_TAK: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the heads of queries, keys and values, and the gates of the outputs, which lie behind them."""
@@ -110,12 +125,15 @@ class Attention(Module):
     def _head_norms(self) -> HeadNorms | None:
         """Return the norms of query and key heads, as kernels take them."""
         if self.q_norm is None or self.k_norm is None:
-            return None
+            return self._plain_norms
         return HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
 
     def _rotated(self, qkv_TAK: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Split the stacked heads; rotate q and k, in one call if they are not normalized."""
         num_qk = self.num_q + self.num_kv
+        if self._plain_norms is not None:
+            qk_TAK = F.rms_norm(qkv_TAK[:, :num_qk], (self.head_dim,), eps=self._plain_norms.eps)
+            qkv_TAK = torch.cat((qk_TAK, qkv_TAK[:, num_qk:]), dim=1)
         v_TJK = qkv_TAK[:, num_qk:]
         if self.q_norm is None or self.k_norm is None:
             qk = rotate(qkv_TAK[:, :num_qk], rotation)
@@ -134,6 +152,12 @@ class Attention(Module):
             self.whole_norm.load(reader, prefix)
         if self.sinks is not None:
             self.sinks.load(reader, f"{prefix}.sinks")
+
+
+def _plain_norms(facts: ModelFacts, storage: Storage) -> HeadNorms:
+    """Return norms without weights, as kernels take them."""
+    ones_K = torch.ones(facts.head_dim, dtype=storage.dtype, device=storage.device)
+    return HeadNorms(ones_K, ones_K, facts.rms_norm_eps)
 
 
 GateHeads = Callable[[Tensor, Tensor, Tensor | None], Tensor]

@@ -63,7 +63,10 @@ class Router(Linear):
 
     def _choose(self, logits_TE: Tensor, choice: ExpertChoice) -> Routing:
         scores_TE = logits_TE.sigmoid() if choice.scores == "sigmoid" else logits_TE.softmax(-1)
-        ranked_TE = scores_TE if self.correction is None else scores_TE + self.correction.weight
+        if self.correction is None and choice.kept_groups == choice.groups:
+            ranked_TE = logits_TE  # in the order of the scores, of which the largest may be equal
+        else:
+            ranked_TE = scores_TE if self.correction is None else scores_TE + self.correction.weight
         experts_TA = torch.topk(_in_best_groups(ranked_TE, choice), self.facts.active, dim=-1).indices
         weights_TA = scores_TE.gather(1, experts_TA)
         if self.facts.normalizes:

@@ -111,8 +111,17 @@ Compute = Callable[[SparseMLP, Tensor], tuple[Delta, bool]]
 """Returns the sum over each token's experts, and whether the shared network's output is in it."""
 
 
+def _weighed(mlp: SparseMLP, x_TD: Tensor, weights_TA: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what experts take, and the weights of their outputs."""
+    if not mlp.router.facts.weighs_inputs:
+        return x_TD, weights_TA
+    return x_TD * weights_TA.to(x_TD.dtype), torch.ones_like(weights_TA)
+
+
 def _plain_mlp(mlp: SparseMLP, x_TD: Tensor) -> tuple[Delta, bool]:
-    return mlp.experts(x_TD, mlp.router.route(x_TD)), False
+    routing = mlp.router.route(x_TD)
+    x_TD, weights_TA = _weighed(mlp, x_TD, routing.weights_TA)
+    return mlp.experts(x_TD, routing._replace(weights_TA=weights_TA)), False
 
 
 def _stacks(mlp: SparseMLP) -> "ExpertStacks":
@@ -121,7 +130,8 @@ def _stacks(mlp: SparseMLP) -> "ExpertStacks":
     from mgpu.worker.kernels.experts.few import SharedNetwork
 
     experts, network = mlp.experts, None
-    if (shared := mlp.shared) is not None and not shared.gate_up.pieces and not shared.down.pieces:
+    takes_same = not mlp.router.facts.weighs_inputs
+    if (shared := mlp.shared) is not None and takes_same and not shared.gate_up.pieces and not shared.down.pieces:
         gate_up, down = shared.gate_up.held, shared.down.held
         if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
             network = SharedNetwork(gate_up, down, None if mlp.shared_gate is None else mlp.shared_gate.weight)
@@ -154,7 +164,8 @@ def _routed_kernel_mlp() -> Compute:
         return choose_in_groups(scaled(router(x_TD)), *how)
 
     def compute(mlp: SparseMLP, x_TD: Tensor) -> tuple[Delta, bool]:
-        chosen, stacks = choose(mlp.router, x_TD), _stacks(mlp)
-        return routed_experts(x_TD, stacks, chosen), stacks.includes_shared(len(x_TD))
+        (experts_TA, weights_TA), stacks = choose(mlp.router, x_TD), _stacks(mlp)
+        inputs_TD, weights_TA = _weighed(mlp, x_TD, weights_TA)
+        return routed_experts(inputs_TD, stacks, (experts_TA, weights_TA)), stacks.includes_shared(len(x_TD))
 
     return compute

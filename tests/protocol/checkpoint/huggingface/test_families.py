@@ -1,11 +1,13 @@
 """Every family that is served: the page that lists them, what tests cover, and what is refused and why."""
 
+import math
 import re
 from pathlib import Path
 
 import pytest
 
 from harness.assertions import assert_has_all
+from harness.families import EVERY
 from harness.model_files import LLAMA_CONFIG, safetensors_bytes, write_config
 from mgpu.protocol.checkpoint.huggingface.families import CLASSES, FAMILIES, MODEL_TYPES
 from mgpu.protocol.checkpoint.read import CheckpointError, expected_tensors, read_checkpoint
@@ -36,15 +38,13 @@ def test_the_page_lists_what_is_served() -> None:
 
 @pytest.mark.parametrize(("name", "family", "kind"), ROWS)
 def test_the_page_says_which_have_experts(tmp_path: Path, name: str, family: str, kind: str) -> None:
-    sizes = {"moe_intermediate_size": 32, "num_experts_per_tok": 2, "hidden_size_per_layer_input": 0}
+    sizes = {"moe_intermediate_size": 32, "num_experts_per_tok": 1, "hidden_size_per_layer_input": 0}
     facts = facts_of(tmp_path, architectures=[name], full_attention_interval=2, **sizes)
     assert (facts.architecture, facts.experts is not None) == (family, kind == "experts")
 
 
 def test_every_family_is_compared_with_transformers() -> None:
-    tests = ROOT / "tests" / "worker" / "models"
-    text = "".join((tests / f"test_{name}.py").read_text() for name in ("models", "experts", "hybrid"))
-    names = {re.sub(r"[^a-z0-9]", "", name) for name in re.findall(r'"([a-z0-9.-]+)"', text)}
+    names = {re.sub(r"[^a-z0-9]", "", name) for name in EVERY}
     for family in ARCHITECTURES:
         wanted = re.sub(r"[^a-z0-9]", "", family)
         assert any(name.startswith(wanted) for name in names), family
@@ -86,6 +86,10 @@ def test_a_key_that_is_off_is_no_reason(tmp_path: Path) -> None:
         ({"architectures": ["Phi3ForCausalLM"], "partial_rotary_factor": 0.1}, "partial_rotary_factor"),
         ({"architectures": ["Gemma2ForCausalLM"], "hidden_activation": "relu"}, "hidden_activation"),
         ({"architectures": ["Olmo3ForCausalLM"], "layer_types": ["linear_attention"] * 2}, "layer_types"),
+        ({"architectures": ["Llama4ForCausalLM"], "attention_chunk_size": 0}, "attention_chunk_size"),
+        ({"architectures": ["Llama4ForCausalLM"], "num_experts_per_tok": 2}, "supported with 1 of its 16 experts"),
+        ({"architectures": ["Llama4ForCausalLM"], "moe_layers": [2]}, "names layer 2, and there are 2"),
+        ({"architectures": ["Llama4ForCausalLM"], "layer_types": ["sliding_attention"] * 2}, "chunked_attention"),
         ({"architectures": ["GptOssForCausalLM"], "quantization_config": {"quant_method": "gptq"}}, "gptq"),
     ],
 )  # fmt: skip
@@ -94,6 +98,19 @@ def test_wrong_fields_are_refused_by_name(tmp_path: Path, changes: dict[str, obj
     (tmp_path / "model.safetensors").write_bytes(safetensors_bytes({"model.norm.weight": (64,)}))
     with pytest.raises(CheckpointError, match=key):
         read_checkpoint(tmp_path, "dummy")
+
+
+def test_llama_4_scout_has_as_many_parameters_as_it_is_said_to_have(tmp_path: Path) -> None:
+    scout = {"hidden_size": 5120, "intermediate_size": 8192, "intermediate_size_mlp": 16384, "num_hidden_layers": 48,
+             "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 202048,
+             "num_local_experts": 16, "interleave_moe_layer_step": 1, "tie_word_embeddings": False}  # fmt: skip
+    facts = facts_of(tmp_path, architectures=["Llama4ForCausalLM"], **scout)
+    attention = 2 * 5120 * 40 * 128 + 2 * 5120 * 8 * 128
+    experts = 17 * 3 * 5120 * 8192 + 16 * 5120
+    counts = [math.prod(shape) for shape in expected_tensors(facts).values()]
+    assert sum(counts) == 48 * (attention + experts + 2 * 5120) + 2 * 202048 * 5120 + 5120  # 107.8 billion
+    assert facts.unrotated_layers == tuple(range(3, 48, 4))
+    assert (facts.sliding_window, sum(facts.sliding_layers)) == (8192, 36)
 
 
 def test_a_shared_expert_without_weights_is_named(tmp_path: Path) -> None:
