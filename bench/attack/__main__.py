@@ -1,9 +1,10 @@
 """Attack a real server beside honest streams, and count what those lose: `make attack`.
 
 On each transport a server, 16 compared streams and a prober go through one attack after another: they are watched
-alone, then during the attack, then after it. Ratios compare the attack with the seconds just before it. Where there are
-two cores or more the attacker has the last one to itself, in all of the run. An attack that needs another server, and
-the one after a server that has ended, get their own.
+alone, then during the attack, then after it. Ratios compare the attack with the seconds without one before it, and
+those before the earlier attacks on this server. Where there are two cores or more the attacker has the last one to
+itself, in all of the run. An attack that needs another server, and the one after a server that has ended, get their
+own.
 
     python -m bench.attack [--only NAME,…] [--transports ipc,tcp] [--seconds 60] [--strengths 1,4] [--streams 16]
                            [--calm SECONDS] [--model demo] [--save FOLDER]

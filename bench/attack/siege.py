@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -31,6 +32,7 @@ class Siege:
         self._streams = streams
         self._stack = ExitStack()
         self._num_attacks = 0
+        self._calms: list[Window] = []
 
     @property
     def lives(self) -> bool:
@@ -56,7 +58,7 @@ class Siege:
         row = Row(name, self._transport, strength, load=os.getloadavg()[0])
         honest, victim = self._honest, self._victim
         victim.wait_quiet(self._streams + 1)
-        before = honest.watch(calm_s)
+        before = self._calm(calm_s)
         held, restarts, lost, different = victim.footprint(), victim.restarts(), honest.lost, honest.different
         during = self._attacked(row, seconds)
         honest.watch(1.0)
@@ -64,6 +66,14 @@ class Siege:
         row.lost, row.different = honest.lost - lost, honest.different - different
         row.judge()
         return row
+
+    def _calm(self, seconds: float) -> Window:
+        """Watch without an attack, and return what is usual in this run: some seconds alone are often unusual ones."""
+        calms = self._calms
+        calms += [self._honest.watch(seconds) for _ in range(1 if calms else 2)]
+        rate = statistics.median(each.tokens_per_s for each in calms)
+        first = [first_s for each in calms for first_s in each.first_token_s]
+        return Window(seconds=1.0, tokens=round(rate), first_token_s=first)
 
     def _attacked(self, row: Row, seconds: float) -> Window:
         key = self._victim.key_file(f"{HOSTILE}{self._num_attacks}")
