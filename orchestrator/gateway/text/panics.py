@@ -3,10 +3,15 @@
 The library is written in Rust. pyo3 raises a panic there as a `PanicException`, which derives from BaseException, so
 `except Exception` lets it through and one prompt would end the gateway. Every call of the library goes through
 `no_panics`. SystemExit and KeyboardInterrupt, which a signal raises in the middle of a call, pass.
+
+The library also writes some lines to standard error for each panic, which is the log. From the first panic on, standard
+error is closed to it: clients can cause thousands a second.
 """
 
 import contextlib
+import functools
 import logging
+import os
 from collections.abc import Iterator
 
 MAX_LOGGED = 16
@@ -25,7 +30,8 @@ class Panic(Exception):
 def no_panics(what: str) -> Iterator[None]:
     """Raise Panic in place of a panic inside the block. ``what`` says what failed; each panic is logged once."""
     try:
-        yield
+        with _without_stderr() if _logged else contextlib.nullcontext():
+            yield
     except (Exception, SystemExit, KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as panic:
@@ -34,3 +40,19 @@ def no_panics(what: str) -> Iterator[None]:
             _logged.add(text)
             log.error("%s: the tokenizer library panicked: %s", what, text)
         raise Panic(f"{what}: the tokenizer library gave up") from None
+
+
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    stderr = os.dup(2)
+    os.dup2(_null(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+
+
+@functools.cache
+def _null() -> int:
+    return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)

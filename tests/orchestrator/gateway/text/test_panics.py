@@ -1,6 +1,7 @@
 """Panics of the tokenizer library: each costs one request, in the poll loop, in threads and while loading."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,6 +64,21 @@ def test_a_panic_at_a_prompt_fails_that_request(peer: RawPeer, fields: dict[str,
         failed = peer.hear_all(number)[-1]  # a chat waits for the start of its template's process
         assert failed["code"] == "bad_request"
         assert failed["message"] == "the text cannot be tokenized: the tokenizer library gave up"
+
+
+def test_the_library_writes_its_own_lines_for_the_first_panic_alone(
+    pathological: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(panics, "_logged", set())
+    codec = load_codec(str(pathological), "safetensors")
+    assert codec is not None
+    for _ in range(20):
+        with pytest.raises(TokenizerError):
+            codec.encode("a" * 30, add_special_tokens=False)
+    os.write(2, b"standard error is open again")
+    written = capfd.readouterr().err
+    assert written.count("panicked at") == 1
+    assert written.endswith("standard error is open again")
 
 
 def test_prompts_that_never_end_delay_nobody_else(gateway: GatewayProcess) -> None:
