@@ -12,6 +12,7 @@ from pathlib import Path
 
 import zmq
 
+from harness.forked import ForkedProcess, shareable
 from harness.specs import BLOCK_SIZE
 from mgpu.protocol.internal.child import frame_spec
 from mgpu.protocol.internal.worker_messages import (
@@ -33,17 +34,18 @@ from mgpu.protocol.model.shared_memory_layout import shared_layout
 DEADLINE_S = 60.0
 
 
-def launch(
-    arguments: list[str], rank: int, world_size: int, fds: Sequence[int] = (), **environ: str
-) -> "subprocess.Popen[bytes]":
-    """Start one worker with torchrun's environment, and what ``environ`` adds to it."""
-    names = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
+def environ_of(rank: int, world_size: int) -> dict[str, str]:
+    """Return what torchrun would tell a worker."""
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
+
+
+def launch(rank: int, world_size: int) -> "subprocess.Popen[bytes]":
+    """Start one worker with torchrun's environment."""
     return subprocess.Popen(
-        [sys.executable, "-m", "mgpu.worker", *arguments],
+        [sys.executable, "-m", "mgpu.worker"],
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=os.environ | names | environ,
-        pass_fds=fds,
+        env=os.environ | environ_of(rank, world_size),
     )
 
 
@@ -53,7 +55,7 @@ class Workers:
 
     spec: WorkerSpec
     folder: Path
-    processes: "list[subprocess.Popen[bytes]]" = field(default_factory=list)
+    processes: list[ForkedProcess] = field(default_factory=list)
     sockets: list[zmq.Socket[bytes]] = field(default_factory=list)
     seen: list[object] = field(default_factory=list)
     failures: list[WorkerFailure] = field(default_factory=list)
@@ -65,11 +67,10 @@ class Workers:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(master_port), "GLOO_SOCKET_IFNAME": "lo"}
         for rank in range(self.spec.layout.placement.world_size):
             spec, fds = self.listen(context, rank), [fd] if fd >= 0 else []
-            process = launch([], rank, spec.layout.placement.world_size, fds, **(address if master_port else {}))
+            environ = environ_of(rank, spec.layout.placement.world_size) | (address if master_port else {})
+            process = ForkedProcess("mgpu.worker", [], fds, **environ)
             self.processes.append(process)
-            assert process.stdin is not None
-            process.stdin.write(frame_spec(CONTROL.encode(spec)))
-            process.stdin.flush()
+            process.write(frame_spec(CONTROL.encode(spec)))
         if fd >= 0:
             os.close(fd)
 
@@ -90,7 +91,7 @@ class Workers:
             self.spec = replace(spec, rendezvous=f"file://{self.folder}/group")
             return -1
         layout = shared_layout(spec.layout, spec.limits, spec.facts.hidden_size)
-        fd = os.memfd_create("mgpu-test")
+        fd = shareable(os.memfd_create("mgpu-test"))
         os.ftruncate(fd, layout.total_bytes)
         self.spec = replace(spec, shared_fd=fd, shared_bytes=layout.total_bytes)
         return fd
@@ -168,7 +169,6 @@ def running(spec: WorkerSpec, folder: Path, master_port: int | None = None) -> I
             yield workers
         finally:
             for process in workers.processes:
-                process.kill()
-                process.communicate()
+                process.close()
             for socket in workers.sockets:
                 socket.close()

@@ -1,6 +1,5 @@
 """Ranks as real processes add up, gather, send and receive, and notice when one of them is gone."""
 
-import subprocess
 import time
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from harness.collective_rank import spec_of
+from harness.forked import ForkedProcess
 from harness.parts import with_changes
 from harness.rank_processes import outputs, rank_processes
 from mgpu.protocol.internal.child import BadSpec
@@ -25,7 +25,7 @@ DEADLINE_S = 90.0
 
 def ranks(
     case: str, sizes: list[int], transport: Transport, folder: Path, timeout_s: float = 60.0
-) -> "AbstractContextManager[list[subprocess.Popen[str]]]":
+) -> "AbstractContextManager[list[ForkedProcess]]":
     """Start one process per rank."""
     shared_bytes = spec_of(sizes, transport, 0, folder, timeout_s).shared_bytes
     plan = ",".join(map(str, sizes))

@@ -152,9 +152,7 @@ def test_a_worker_ends_when_standard_input_does(tiny_model: MakeModel, tmp_path:
     with running(make_spec(tiny_model("llama").folder, [2]), tmp_path) as workers:
         workers.make_ready()
         for process in workers.processes:
-            assert process.stdin is not None
-            process.stdin.close()
-            process.stdin = None
+            process.close_input()
         began_s = time.monotonic()
         assert 0 not in workers.wait_all(DEADLINE_S)
         assert time.monotonic() - began_s < 10.0
@@ -221,7 +219,7 @@ def reads_stdin(pid: int) -> bool:
     ids=["nothing", "http", "garbage", "other-message", "too-few-fields", "cut-off"],
 )
 def test_garbage_on_standard_input_is_a_clear_error(sent: bytes, complaint: str) -> None:
-    process = launch([], 0, 1)
+    process = launch(0, 1)
     _, errors = process.communicate(sent, timeout=DEADLINE_S)
     assert process.returncode == 2
     assert errors.decode().startswith("mgpu worker: ")
@@ -230,7 +228,7 @@ def test_garbage_on_standard_input_is_a_clear_error(sent: bytes, complaint: str)
 
 
 def test_a_world_of_another_size_is_refused(tiny_model: MakeModel) -> None:
-    process = launch([], 3, 2)
+    process = launch(3, 2)
     spec = frame_spec(CONTROL.encode(make_spec(tiny_model("llama").folder, [1])))
     _, errors = process.communicate(spec, timeout=DEADLINE_S)
     assert process.returncode == 2
@@ -254,7 +252,7 @@ def test_ranks_that_lose_a_peer_say_so_before_the_deadline(
     spec = make_spec(tiny_model("llama").folder, [2], transport, worker_timeout_s=2.0)
     with running(spec, tmp_path) as workers:
         workers.make_ready()
-        workers.processes[1].kill()
+        workers.processes[1].send_signal(signal.SIGKILL)
         workers.processes[1].wait(DEADLINE_S)
         began_s = time.monotonic()
         workers.send(step_of(1, [0], [0], [3], new_rows=[new_row(0, [5, 6, 7], [0])]), ranks=[0])

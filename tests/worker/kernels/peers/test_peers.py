@@ -19,11 +19,9 @@ def test_ranks_as_processes_compute_the_same_bits() -> None:
         pytest.skip("kernels are compiled here, not interpreted")
     shared_bytes = RANKS * region_bytes(RANKS, torch.bfloat16)
     with rank_processes("harness.peer_rank", RANKS, shared_bytes, str(RANKS)) as processes:
-        assert [process.stdout.readline() for process in processes if process.stdout] == ["empty\n"] * RANKS
+        assert [process.read_line() for process in processes] == ["empty\n"] * RANKS
         for process in processes:
-            assert process.stdin is not None
-            process.stdin.write("\n")
-            process.stdin.flush()
+            process.write(b"\n")
         digests = set(outputs(processes))
     assert len(digests) == 1
     assert len(digests.pop()) == 64
