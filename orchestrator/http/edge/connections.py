@@ -4,7 +4,9 @@ Theory. A connection without a deadline is what slow attacks use: they open thou
 one timer runs whenever the server waits for a client's bytes: `head_timeout_s` from the first byte of a head (or from
 the beginning of the connection) to its end, then `REST_TIMEOUT_S` to the end of the body. Between two requests
 uvicorn's own keep-alive timer runs, until a byte comes. Past the most connections, the one that has waited longest
-without a request ends.
+without a request ends; if there is none, the one whose body has been missing longest; then the one that has had an
+answer longest of which nothing is taken. A connection of which nothing is taken for `SEND_TIMEOUT_S` ends too, also
+when it was closed: what is left of an answer would keep it open.
 
 Requests that come before the answer to an earlier one wait, at most `MOST_IN_LINE`, and nothing more is read meanwhile.
 A connection with more of them ends after the last answer.
@@ -14,12 +16,14 @@ before the next request. Trailers are dropped; uvicorn would keep them all.
 """
 
 import asyncio
+from itertools import chain
 from typing import Any, ClassVar
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from mgpu.orchestrator.http.edge.body import BODY_TIMEOUT_S, MAX_BODY_BYTES
 from mgpu.orchestrator.http.edge.errors import HttpError
+from mgpu.orchestrator.http.edge.event_stream import SEND_TIMEOUT_S
 
 REST_TIMEOUT_S = BODY_TIMEOUT_S + 5.0
 """Past the body's own deadline, which gets an answer."""
@@ -27,6 +31,8 @@ MAX_HEAD_BYTES = 64 << 10
 MAX_FRAMING_BYTES = MAX_BODY_BYTES
 """Beside the body: enough for chunks of six bytes."""
 MOST_IN_LINE = 16
+LOOKS = 3
+"""At what a client has not taken, in `SEND_TIMEOUT_S`."""
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -34,8 +40,13 @@ class BoundedProtocol(HttpToolsProtocol):
 
     most_connections = 10_000
     head_timeout_s = 10.0
+    send_timeout_s = SEND_TIMEOUT_S
     _idle: ClassVar[dict["BoundedProtocol", None]] = {}
     """Connections without a request, the one that has waited longest first."""
+    _bodiless: ClassVar[dict["BoundedProtocol", None]] = {}
+    """Those whose request has a body that has not come yet, in the same order."""
+    _unread: ClassVar[dict["BoundedProtocol", None]] = {}
+    """Those whose client takes too little of its answer, in the same order."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -47,17 +58,24 @@ class BoundedProtocol(HttpToolsProtocol):
         self._answered: RequestResponseCycle | None = None
         self._is_full = False
         """So many requests wait that no more are read from this connection."""
+        self._unsent_bytes, self._looks = 0, 0
+        """What the client had not taken at the last look, and at how many looks it was the same."""
+        self._reader_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
-        self._idle[self] = None
-        self._arm(self.head_timeout_s)
         if len(self.connections) > self.most_connections:
             self._end_one()
+        self._idle[self] = None
+        self._arm(self.head_timeout_s)
+        self._watch_reader()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._idle.pop(self, None)
+        for each in (self._idle, self._bodiless, self._unread):
+            each.pop(self, None)
         self._disarm()
+        if self._reader_timer is not None:
+            self._reader_timer.cancel()
         if self._answered is not None:  # uvicorn tells the last of pipelined requests alone
             self._answered.disconnected = True
             self._answered.message_event.set()
@@ -120,11 +138,13 @@ class BoundedProtocol(HttpToolsProtocol):
             raise ValueError("too large")  # so that nothing behind it is read
         self._is_in_head, self._head_bytes, self._framing_bytes = False, 0, 0
         self._idle.pop(self, None)
+        self._bodiless[self] = None
         self._arm(REST_TIMEOUT_S)
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         self._disarm()
+        self._bodiless.pop(self, None)
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
@@ -139,8 +159,29 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse(400, "this is no HTTP request")
 
     def _end_one(self) -> None:
-        """End the connection that has been open longest without a request. If all have one, end this one."""
-        next(iter(self._idle), self).transport.abort()
+        """End the connection that is worth least. If all wait for the server, end this one."""
+        found = next(chain(self._idle, self._bodiless, self._unread), self)
+        for each in (self._idle, self._bodiless, self._unread):
+            each.pop(found, None)  # it may take a turn of the loop to end
+        found.transport.abort()
+
+    def pause_writing(self) -> None:
+        self._unread[self] = None
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        self._unread.pop(self, None)
+        super().resume_writing()
+
+    def _watch_reader(self) -> None:
+        """End the connection if nothing of what is to be sent was taken at some looks in a row."""
+        unsent_bytes = self.transport.get_write_buffer_size()
+        self._looks = self._looks + 1 if unsent_bytes and unsent_bytes == self._unsent_bytes else 0
+        if self._looks == LOOKS:
+            self.transport.abort()
+            return
+        self._unsent_bytes = unsent_bytes
+        self._reader_timer = self.loop.call_later(self.send_timeout_s / LOOKS, self._watch_reader)
 
     def _refuse(self, status: int, text: str) -> None:
         """Answer, if no answer has begun, and end the connection."""

@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 import uvicorn
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from harness.gateway_process import GatewayProcess
@@ -82,25 +82,82 @@ def test_a_head_just_below_the_bound_is_taken(impatient: HttpServer) -> None:
     assert exchange(impatient, REQUEST + last + b"\r\n\r\n").startswith((b"HTTP/1.1 200 ", b"HTTP/1.1 503 "))
 
 
+async def wait_for_end(_scope: Scope, receive: Receive, _send: Send) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def protocol_of(app: ASGIApp, state: ServerState) -> BoundedProtocol:
+    return BoundedProtocol(uvicorn.Config(app, log_config=None), state, {})
+
+
+def connected(app: ASGIApp, state: ServerState) -> BoundedProtocol:
+    protocol = protocol_of(app, state)
+    protocol.connection_made(Mock(is_closing=lambda: False, get_write_buffer_size=lambda: 0))
+    return protocol
+
+
 def test_all_of_pipelined_requests_hear_that_their_client_has_left() -> None:
     """Else what writes the first answer meets a closed connection, which is an error of the server in the log."""
-    heard: list[str] = []
 
-    async def app(_scope: Scope, receive: Receive, _send: Send) -> None:
-        while (kind := (await receive())["type"]) != "http.disconnect":
-            pass
-        heard.append(kind)
-
-    async def pipeline() -> None:
-        protocol = BoundedProtocol(uvicorn.Config(app, log_config=None), ServerState(), {})
-        protocol.connection_made(Mock(is_closing=lambda: False))
+    async def pipeline() -> int:
+        protocol = connected(wait_for_end, ServerState())
         protocol.data_received(WHOLE * 3)
         await asyncio.sleep(0)
+        tasks = set(protocol.tasks)
         protocol.connection_lost(None)
-        await asyncio.wait_for(asyncio.gather(*protocol.tasks), DEADLINE_S)
+        await asyncio.wait_for(asyncio.gather(*tasks), DEADLINE_S)
+        return len(tasks)
 
-    asyncio.run(pipeline())
-    assert heard == ["http.disconnect"], "and the others are not begun"
+    assert asyncio.run(pipeline()) == 1, "the others are not begun"
+
+
+def test_past_the_most_connections_those_end_that_have_sent_no_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BoundedProtocol, "most_connections", 3)
+
+    async def fill() -> list[bool]:
+        state = ServerState()
+        protocols = [connected(wait_for_end, state) for _ in range(3)]
+        protocols[0].data_received(WHOLE)  # waits for the server
+        for protocol in protocols[1:]:
+            protocol.data_received(POST + b"content-length: 100\r\n\r\n")
+        protocols.append(connected(wait_for_end, state))
+        protocols[-1].data_received(WHOLE)
+        protocols.append(connected(wait_for_end, state))
+        ended = [protocol.transport.abort.called for protocol in protocols]  # type: ignore[attr-defined]
+        for protocol in protocols:
+            protocol.connection_lost(None)
+        return ended
+
+    assert asyncio.run(fill()) == [False, True, True, False, False]
+
+
+@pytest.mark.parametrize("size", [10_000_000, 40_000], ids=["an answer", "the rest of an answer after the end"])
+def test_a_client_that_takes_nothing_is_ended(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(BoundedProtocol, "send_timeout_s", 0.3)
+
+    async def answer(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"connection", b"close")]})
+        await send({"type": "http.response.body", "body": b"x" * size})
+
+    async def never_read() -> None:
+        state = ServerState()
+        listener = socket.create_server(("127.0.0.1", 0))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        server = await asyncio.get_running_loop().create_server(lambda: protocol_of(answer, state), sock=listener)
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(listener.getsockname())
+            client.sendall(WHOLE)
+            deadline_s = time.monotonic() + DEADLINE_S
+            has_begun = False
+            while not has_begun or state.connections:
+                has_begun = has_begun or bool(state.connections)
+                assert time.monotonic() < deadline_s
+                await asyncio.sleep(0.01)
+        server.close()
+
+    asyncio.run(never_read())
 
 
 def test_requests_in_line_have_a_bound_and_those_within_are_answered(impatient: HttpServer) -> None:
