@@ -46,8 +46,7 @@ class Replay:
         finish = record.finish if is_last else ""
 
         if had:
-            choice.add_tokens(had, (), "")  # the engine leaves out the log-probabilities that the client has
-            choice.discard_held()
+            choice.pass_over(had, "" if lacked else finish)  # log-probabilities that the client has are left out
         if choice.offset < 0:
             if is_last:
                 choice.end_early(finish or "cancelled")

@@ -46,6 +46,16 @@ class Choice:
 
     def add_tokens(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], finish: str) -> None:
         """Add the tokens of one step; ``finish`` is empty while the engine goes on. Ignores what follows a stop."""
+        self._push(token_ids, logprobs, finish)
+        if finish and not self.is_over:
+            self._end(finish)
+
+    def pass_over(self, token_ids: Sequence[int], finish: str = "") -> None:
+        """Take tokens that the client has, for the text of those that follow. ``finish`` is that of the last one."""
+        self._push(token_ids, (), finish)
+        self.discard_held()
+
+    def _push(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], finish: str) -> None:
         for at, token_id in enumerate(token_ids):
             self.held_ids.append(token_id)
             self.num_tokens += 1
@@ -57,15 +67,12 @@ class Choice:
                 if self.text.stopped:
                     self.finish_reason = "stop"
                     return
-        if finish:
-            self._end(finish)
 
     def begin_after(self, token_ids: Sequence[int]) -> None:
         """Begin with tokens that another server has sent. Refusal if they cannot be all of an unfinished answer."""
-        self.add_tokens(token_ids, (), "")
+        self.pass_over(token_ids)
         if self.is_over:
             raise Refusal("bad_request", "emitted_ids hold a stop string: all is said")
-        self.discard_held()
 
     def _end(self, finish: str) -> None:
         if self.text is not None:

@@ -7,8 +7,12 @@ import pytest
 
 from harness.resuming_gateway import A, B, ResumingGateway, portion, record
 from mgpu.orchestrator.gateway.requests import record_queue
+from mgpu.orchestrator.gateway.requests.replay import Replay
+from mgpu.orchestrator.gateway.requests.request import Choice, Request
 from mgpu.orchestrator.gateway.requests.resume import GRACE_S, RECORD_TIMEOUT_S
+from mgpu.orchestrator.gateway.text.detokenizer import Detokenizer
 from mgpu.protocol.front import server_messages
+from mgpu.protocol.front.client_messages import Generate
 
 
 def test_a_record_in_portions_is_joined_and_what_comes_between_them_is_void() -> None:
@@ -105,3 +109,14 @@ def test_cached_tokens_of_a_choice_that_begins_between_two_portions_count() -> N
     )
     finished = [message for _, message in gateway.sent if isinstance(message, server_messages.Finished)]
     assert [message.cached_tokens for message in finished] == [64]
+
+
+@pytest.mark.parametrize("offset", range(4))
+def test_a_stop_token_that_the_client_has_is_no_stop_string(offset: int) -> None:
+    """Its text is not part of the answer, so a stop string of the same text was not found in it."""
+    text = Detokenizer({1: b"a", 2: b"b", 9: b"<end>"}.__getitem__, ["<end>"])
+    choice = Choice(0, 7, frozenset({9}), None, text)
+    replay = Replay(Request(b"", Generate(1), 0.0, None), choice, offset)
+    messages = list(replay.take(record(tokens=(1, 2, 9), finish="stop")))
+    assert [(each.finish_reason, each.stop_string) for each in messages] == [("stop", None)]
+    assert messages[0].text == "ab"[offset:]
