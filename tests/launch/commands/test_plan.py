@@ -1,7 +1,6 @@
 """`mgpu-launch plan` from the command line."""
 
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from harness.assertions import assert_has_all
+from harness.command_line import run_command
 from harness.demo_model import demo_model
 from harness.model_files import write_llama_folder
 
@@ -27,12 +27,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def launch(*args: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("MGPU_", "CUDA_"))}
-    return subprocess.run(
-        [sys.executable, "-m", "mgpu.launch.cli", "plan", *args], capture_output=True, text=True, timeout=60,
-        env=kept | environ,
-    )  # fmt: skip
+def launch(*args: str, **environ: str) -> "subprocess.CompletedProcess[str]":
+    return run_command("plan", *args, **environ)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +176,8 @@ def test_plan_and_serve_refuse_a_file_that_needs_the_gguf_package(command: str) 
 
 def test_planning_takes_little_cpu_time(model: str) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert launch("-m", model, "--gpus", "4").returncode == 0
+    command = [sys.executable, "-m", "mgpu.launch.cli", "plan", model, "--gpus", "4"]
+    assert "tensor-parallel over 4" in subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5  # a quarter on a quiet machine
 
