@@ -12,6 +12,9 @@ from harness.demo_model import demo_model
 from harness.text_model import write_text_model
 from mgpu.launch.server_process import ServerProcess
 
+REAL_NAME = "smollm2"
+"""What the shared server calls the real model."""
+
 
 @pytest.fixture(scope="session")
 def smollm2() -> str:
@@ -47,14 +50,15 @@ def random_endpoint(random_server: ServerProcess) -> str:
     return random_server.wait_ready()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(smollm2: str) -> Iterator[ServerProcess]:
-    """One worker with SmolLM2 in fp32 on the CPU."""
-    with ServerProcess("-m", smollm2, "--device", "cpu", "--max-seq-len", "1024") as process:
+    """One worker with SmolLM2 in fp32 on the CPU, and HTTP. Files share it, so they leave it as it is."""
+    options = ("--device", "cpu", "--max-seq-len", "1024", "--served-name", REAL_NAME, "--http", "127.0.0.1:0")
+    with ServerProcess("-m", smollm2, *options) as process:
         process.wait_ready()
         yield process
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def endpoint(server: ServerProcess) -> str:
     return server.wait_ready()

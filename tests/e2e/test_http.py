@@ -14,32 +14,24 @@ from mgpu.launch.server_process import ServerProcess
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
-NAME = "smollm"
+NAME = "smollm2"
 HELLO = [{"role": "user", "content": "Say hello."}]
 
 
 @pytest.fixture(scope="module")
-def http_server(smollm2: str) -> Iterator[ServerProcess]:
-    options = ("--device", "cpu", "--max-seq-len", "1024", "--served-name", NAME, "--http", "127.0.0.1:0")
-    with ServerProcess("-m", smollm2, *options) as process:
-        process.wait_ready()
-        yield process
+def url(server: ServerProcess) -> str:
+    return server.http_url()
 
 
 @pytest.fixture(scope="module")
-def url(http_server: ServerProcess) -> str:
-    return http_server.http_url()
-
-
-@pytest.fixture(scope="module")
-def client(http_server: ServerProcess) -> Iterator[Client]:
-    with Client(http_server.wait_ready()) as client:
+def client(server: ServerProcess) -> Iterator[Client]:
+    with Client(server.wait_ready()) as client:
         yield client
 
 
-def test_the_log_says_where_http_is(http_server: ServerProcess, url: str) -> None:
-    assert f"HTTP (OpenAI-compatible) on {url}" in http_server.output()
-    assert "sampling of requests that do not say: temperature 0 (greedy)" in http_server.output()
+def test_the_log_says_where_http_is(server: ServerProcess, url: str) -> None:
+    assert f"HTTP (OpenAI-compatible) on {url}" in server.output()
+    assert "sampling of requests that do not say: temperature 0 (greedy)" in server.output()
 
 
 def test_models_lists_the_one_model(url: str) -> None:
@@ -111,15 +103,13 @@ def test_a_wrong_field_is_named_in_openais_form(url: str, body: object, status: 
     assert answer.error["param"] == param
 
 
-def test_unknown_fields_are_accepted_and_named_in_a_header_and_once_in_the_log(
-    http_server: ServerProcess, url: str
-) -> None:
+def test_unknown_fields_are_accepted_and_named_in_a_header_and_once_in_the_log(server: ServerProcess, url: str) -> None:
     body = {"messages": HELLO, "max_tokens": 1, "gizmo": {"a": 1}, "user": "me", "x\r\ny": 1}
     for _ in range(2):
         answer = post(url, CHAT, body)
         assert answer.status == 200
         assert answer.headers["warning"] == '299 mgpu "fields without effect: gizmo, x\\r\\ny"'
-    assert http_server.output().count("gizmo") == 1
+    assert server.output().count("gizmo") == 1
 
 
 @pytest.mark.parametrize(

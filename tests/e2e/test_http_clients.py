@@ -26,22 +26,14 @@ GREEDY = {"temperature": 0}
 
 
 @pytest.fixture(scope="module")
-def http_server(smollm2: str) -> Iterator[ServerProcess]:
-    options = ("--device", "cpu", "--max-seq-len", "1024", "--served-name", NAME, "--http", "127.0.0.1:0")
-    with ServerProcess("-m", smollm2, *options) as process:
-        process.wait_ready()
-        yield process
+def url(server: ServerProcess) -> str:
+    return server.http_url()
 
 
 @pytest.fixture(scope="module")
-def url(http_server: ServerProcess) -> str:
-    return http_server.http_url()
-
-
-@pytest.fixture(scope="module")
-def expected(http_server: ServerProcess) -> str:
+def expected(server: ServerProcess) -> str:
     """What the model says, by the front channel."""
-    with Client(http_server.wait_ready()) as client:
+    with Client(server.wait_ready()) as client:
         return client.chat(HELLO, max_tokens=8, temperature=0).text
 
 
@@ -220,11 +212,11 @@ def test_anthropic_calls_a_tool_and_goes_on_with_its_result(anthropic: Any) -> N
     assert anthropic.messages.create(messages=turns, max_tokens=1, **ask, tool_choice={"type": "none"}).content[0].text
 
 
-def test_the_loop_of_the_tools_page_asks_calls_and_answers(http_server: ServerProcess) -> None:
+def test_the_loop_of_the_tools_page_asks_calls_and_answers(server: ServerProcess) -> None:
     pytest.importorskip("llguidance")
     page = (Path(__file__).parents[2] / "docs/tools.md").read_text()
     [loop] = [code for code in re.findall(r"```python\n(.*?)```", page, re.S) if "while answer.tool_calls" in code]
-    environment = {**os.environ, "MGPU_ENDPOINT": http_server.wait_ready()}
+    environment = {**os.environ, "MGPU_ENDPOINT": server.wait_ready()}
     done = subprocess.run([sys.executable, "-c", loop], capture_output=True, text=True, timeout=300, env=environment)
     called, *answer = done.stdout.splitlines()
     assert re.fullmatch(r"get_weather\(\{'city': '(.*)'\}\) -> It is sunny in \1, 21 degrees\.", called), done.stderr

@@ -4,7 +4,6 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,11 @@ from harness.http_client import ask, get, post
 from mgpu.launch.server_process import ServerProcess
 
 ROOT = Path(__file__).parent.parent.parent
-OPTIONS = ("--device", "cpu", "--max-seq-len", "1024")
 
 
 @pytest.fixture(scope="module")
-def url(smollm2: str) -> Iterator[str]:
-    with ServerProcess("-m", smollm2, *OPTIONS, "--http", "127.0.0.1:0") as server:
-        server.wait_ready()
-        yield server.http_url()
+def url(server: ServerProcess) -> str:
+    return server.http_url()
 
 
 def curl_commands() -> list[str]:
