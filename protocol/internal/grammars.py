@@ -1,15 +1,31 @@
 """What the check of a grammar and its use share: its bounds, and how llguidance is told the model's tokens.
 
-The library is imported when a grammar is first asked for, and not before.
+The library is imported when a grammar is first asked for, and not before. It is recursive, and what overflows its stack
+ends the process. So the check has a small stack, and whoever follows a grammar that has passed it a far larger one.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from mgpu.protocol.internal.worker_messages import Vocabulary
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
+
+CHECK_STACK_BYTES, FOLLOW_STACK_BYTES = 2 << 20, 64 << 20
+"""Of threads. Memory is taken as far as it is used."""
+
+T = TypeVar("T")
+
+
+def with_stack_size(nbytes: int, start: Callable[[], T]) -> T:
+    """Run ``start``; threads that it starts have a stack of so many bytes."""
+    before = threading.stack_size(nbytes)
+    try:
+        return start()
+    finally:
+        threading.stack_size(before)
 
 
 def new_matcher(tokenizer: "LLTokenizer", grammar: str) -> "LLMatcher":

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from mgpu.protocol.front.fields import int32_array
-from mgpu.protocol.internal.grammars import new_matcher, token_table
+from mgpu.protocol.internal.grammars import FOLLOW_STACK_BYTES, new_matcher, token_table, with_stack_size
 from mgpu.protocol.internal.worker_messages import NewRow, RowGrammar, StepPlan, Vocabulary
 from mgpu.worker.errors import BadPlan
 from mgpu.worker.sampling.grammar_masks import MaskMaker
@@ -239,7 +239,7 @@ class Grammars:
 def _started(pool: ThreadPoolExecutor, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> "Future[T]":
     """Return what a thread is to compute. One that cannot be started, at a limit of processes, fails like the work."""
     try:
-        return pool.submit(work, *args, **kwargs)
+        return with_stack_size(FOLLOW_STACK_BYTES, lambda: pool.submit(work, *args, **kwargs))
     except RuntimeError as error:
         failed: Future[T] = Future()
         failed.set_exception(error)
@@ -249,6 +249,7 @@ def _started(pool: ThreadPoolExecutor, work: Callable[P, T], *args: P.args, **kw
 def _new_maker(vocab_size: int) -> MaskMaker:
     import llguidance
 
+    os.environ.setdefault("RUST_MIN_STACK", str(FOLLOW_STACK_BYTES))  # of the library's own threads
     threads = max(1, min(_MOST_MASK_THREADS, len(os.sched_getaffinity(0)) // 2))
     try:
         return MaskMaker(llguidance.LLExecutor(num_threads=threads), vocab_size)

@@ -1,5 +1,8 @@
 """Whatever fails at a grammar ends its row with an error. Other rows go on, and so does the worker."""
 
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -233,3 +236,33 @@ def test_a_state_without_a_matcher_allows_stops_only() -> None:
     maker = MaskMaker(LLExecutor(num_threads=1), len(TOKENS))
     assert [allowed(maker.masks([state])[0]), allowed(maker.advance([state], [ord("a")])[0])] == [{EOS}, {EOS}]
     assert state.failure == "why"
+
+
+DEEP = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from llguidance import LLTokenizer
+from mgpu.orchestrator.gateway.text.grammars.grammar import checked_grammar
+from mgpu.protocol.internal.grammars import new_matcher
+from mgpu.worker.sampling.grammars import _started
+
+def grammar_of(depth):
+    rules = [f'R{number}: "x" R{number + 1} | "y"' for number in range(depth)]
+    return "\\n".join(["start: R0", *rules, f'R{depth}: "a"'])
+
+text = checked_grammar({"grammar": grammar_of(300)})
+for depth in (300, 3000):
+    pool, followed = ThreadPoolExecutor(1), text.replace(grammar_of(300), grammar_of(depth))
+    assert str(depth - 1) in followed
+    matcher = _started(pool, new_matcher, LLTokenizer("byte"), followed).result()
+    assert not matcher.is_error(), matcher.get_error()
+    _started(pool, matcher.compute_bitmask).result()
+print("followed", flush=True)
+checked_grammar({"grammar": grammar_of(3000)})
+"""
+
+
+def test_a_grammar_that_overflows_a_stack_does_so_while_it_is_checked() -> None:
+    """In a process that may end, and at a tenth of the depth that workers follow."""
+    done = subprocess.run([sys.executable, "-c", DEEP], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (-signal.SIGSEGV, "followed\n"), done.stderr

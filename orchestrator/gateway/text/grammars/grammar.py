@@ -8,10 +8,11 @@ is enough for that: whether a grammar can be followed does not depend on how tex
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from mgpu.protocol.internal.grammars import new_matcher
+from mgpu.protocol.internal.grammars import CHECK_STACK_BYTES, new_matcher, with_stack_size
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
@@ -119,7 +120,15 @@ def _byte_tokenizer() -> "LLTokenizer":
 
 
 def _error_of(grammar: str, tokenizer: "LLTokenizer") -> str:
-    """Compile a grammar and find out how a text may begin; return in a line what fails, or nothing."""
+    """Compile a grammar and find out how a text may begin; return in a line what fails, or nothing.
+
+    On a small stack: what overflows it ends this process, and workers have room for all that passes.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return with_stack_size(CHECK_STACK_BYTES, lambda: pool.submit(_error_here, grammar, tokenizer)).result()
+
+
+def _error_here(grammar: str, tokenizer: "LLTokenizer") -> str:
     matcher = new_matcher(tokenizer, grammar)
     if not matcher.is_error():
         matcher.compute_bitmask()
