@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from mgpu.orchestrator.gateway.front.access import scope_to_key
 from mgpu.orchestrator.gateway.front.account import Account
-from mgpu.orchestrator.gateway.front.bounded_log import BoundedLog
 from mgpu.orchestrator.gateway.front.fair_turns import FairTurns
 from mgpu.orchestrator.gateway.front.inbox import GIVEN_UP, Inbox
 from mgpu.orchestrator.gateway.front.pace import CANCEL_S, CONNECTION_S, Modest, Pace
@@ -33,6 +32,7 @@ from mgpu.protocol.front.client_messages import (
 from mgpu.protocol.front.fields import FieldError
 from mgpu.protocol.front.framing import WireError
 from mgpu.protocol.front.server_messages import Failed
+from mgpu.protocol.internal.bounded_log import BoundedLog
 
 TURN_S = 0.004
 """How long messages are handled before the engine is looked at again."""

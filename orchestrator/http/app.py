@@ -39,8 +39,10 @@ from mgpu.orchestrator.http.routes.text import (
     tokenize,
 )
 from mgpu.protocol.errors import MgpuError
+from mgpu.protocol.internal.bounded_log import BoundedLog
 
 log = logging.getLogger(__name__)
+_BROKEN_OFF, _NOT_ANSWERED = BoundedLog(log, logging.ERROR), BoundedLog(log, logging.ERROR)
 
 _PATHS = (
     Path("POST", "/v1/chat/completions", chat_completions, CHAT_RULES, ("messages",), streams=True),
@@ -91,7 +93,7 @@ class _Endpoint:
         try:
             await response(scope, receive, send)
         except Exception as error:  # our own bug, after the answer has begun: its connection is closed
-            log.error("an answer of %s broke off", scope["path"], exc_info=error)
+            _BROKEN_OFF.write("an answer of %s broke off", scope["path"], error=error)
 
     async def _response(self, call: Call) -> ASGIApp:
         path = call.request.url.path
@@ -104,7 +106,7 @@ class _Endpoint:
         except ClientDisconnect:
             return HttpError(CLIENT_CLOSED_STATUS, "the client closed the connection").response(path)
         except Exception as error:  # the border to clients: our own bug costs one request, not the server
-            log.error("%s could not be answered", path, exc_info=error)
+            _NOT_ANSWERED.write("%s could not be answered", path, error=error)
             return HttpError(500, "internal error", "server_error", "internal_error").response(path, call.headers)
 
 

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 import zmq
 
 from mgpu.orchestrator.gateway.front.account import account_of
-from mgpu.orchestrator.gateway.front.bounded_log import BoundedLog
 from mgpu.orchestrator.gateway.front.fair_turns import FairTurns
 from mgpu.orchestrator.gateway.front.inbox import GIVEN_UP, Inbox
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
@@ -40,6 +39,7 @@ from mgpu.protocol.front.client_messages import (
 from mgpu.protocol.front.fields import FieldError
 from mgpu.protocol.front.framing import WireError
 from mgpu.protocol.front.server_messages import Failed, Keepalive, Resumed, ServerMessage, to_map
+from mgpu.protocol.internal.bounded_log import BoundedLog
 from mgpu.protocol.internal.client_limits import ClientLimits
 
 TURN_S = 0.004

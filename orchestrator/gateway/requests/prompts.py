@@ -9,7 +9,6 @@ import logging
 import time
 from concurrent.futures import Future
 
-from mgpu.orchestrator.gateway.front.bounded_log import BoundedLog
 from mgpu.orchestrator.gateway.front.fair_turns import FairTurns, Path
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
 from mgpu.orchestrator.gateway.requests.demands import form_after_reasoning, thinking_limit
@@ -22,6 +21,7 @@ from mgpu.orchestrator.gateway.text.processes.text_tasks import do
 from mgpu.orchestrator.gateway.text.text_queries import chat_of
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec
 from mgpu.protocol.front.client_messages import Detokenize, Generate, Tokenize
+from mgpu.protocol.internal.bounded_log import BoundedLog
 
 INLINE_CHARS = 2048
 """Longer prompts go to another process."""

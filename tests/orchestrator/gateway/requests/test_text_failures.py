@@ -9,7 +9,6 @@ from typing import Any, cast
 import pytest
 
 from harness.resuming_gateway import A, B, ResumingGateway, record
-from mgpu.orchestrator.gateway.front.bounded_log import BoundedLog
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.requests import request_handler
 from mgpu.orchestrator.gateway.requests.prompts import Prompts
@@ -17,6 +16,7 @@ from mgpu.orchestrator.gateway.requests.request import Request
 from mgpu.orchestrator.gateway.text.processes.encoder_process import EncoderFailed
 from mgpu.protocol.front.client_messages import Generate
 from mgpu.protocol.front.fields import int32_bytes
+from mgpu.protocol.internal.bounded_log import BoundedLog
 from mgpu.protocol.internal.gateway_messages import Outputs
 
 

@@ -1,7 +1,7 @@
 """The status and form of each failure, in OpenAI's and in Anthropic's words."""
 
 import asyncio
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import pytest
 from starlette.requests import Request
@@ -110,3 +110,23 @@ def test_a_client_that_has_gone_is_a_499(path: str) -> None:
     asyncio.run(run())
     assert sent[0]["status"] == 499
     assert b'"the client closed the connection"' in sent[1]["body"]
+
+
+def test_answers_that_break_off_are_a_line_a_second(caplog: pytest.LogCaptureFixture) -> None:
+    """A client can bring them about, by leaving at the wrong moment or by a bug of ours."""
+
+    async def handler(_call: Call) -> Any:
+        async def broken(*_: Any) -> None:
+            raise RuntimeError("the handler is closed")
+
+        return broken
+
+    async def many() -> None:
+        endpoint = _Endpoint(handler, Served(cast("AsyncClient", None)))
+        for _ in range(50):
+            await endpoint(
+                {"type": "http", "path": CHAT, "method": "GET", "headers": []}, cast("Any", None), cast("Any", None)
+            )
+
+    asyncio.run(many())
+    assert len(caplog.records) <= 2
