@@ -20,11 +20,11 @@ BORROWED = tuple(sorted(BORROWED_TYPES.values()))
 """Families that transformers' code runs."""
 EVERY = (*DENSE, *EXPERTS, *SHARED_CACHES, *HYBRIDS, *BORROWED)
 
-PLAIN_ATTENTION = ("gemma2", "gpt-oss", "deepseek-v2-lite")
-"""Attention runs on plain torch on GPUs, without CUDA graphs: scores are capped, heads have sinks, or a part of the
-latent is no power of two."""
-NOT_CAPTURABLE = ("phimoe",)
-"""The router of transformers' code makes the host wait for the GPU, so there are no CUDA graphs."""
+PLAIN_ATTENTION = ("gemma2", "deepseek-v2-lite")
+"""Attention runs on plain torch on GPUs, without CUDA graphs: scores are capped, or a part of the latent is no power of
+two."""
+NOT_CAPTURABLE = ("phimoe", "gpt-oss")
+"""The router of transformers' code, and experts in bf16 with biases, make the host wait for the GPU: no CUDA graphs."""
 NARROW_STATES = HYBRID_MODELS
 """Heads of linear layers are too narrow for the kernels in two bytes, so these have no CUDA graphs there."""
 

@@ -10,6 +10,9 @@ class Module:
     was a twelfth of a decoding step on the CPU. Nothing here needs hooks, gradients or state dicts.
     """
 
+    waits_for_host = False
+    """True if its computation reads numbers on the host, which no CUDA graph can."""
+
     def named_modules(self, prefix: str = "") -> Iterator[tuple[str, "Module"]]:
         """Yield this part and all parts within, each once, with dotted names."""
         yield from self._walk(prefix, set())

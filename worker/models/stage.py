@@ -223,7 +223,7 @@ class DecoderStage(Module):
 
     def _shape_of_attention(self, context: BuildContext) -> AttentionShape:
         facts = self.facts
-        is_plain = not facts.attention_softcap and not facts.attention_sinks
+        is_plain = not facts.attention_softcap
         linear = facts.linear if facts.count_linear(self.layer_range) else None
         shapes: list[AttentionShape] = []
         for has_wide_heads in (False, True):
@@ -234,7 +234,8 @@ class DecoderStage(Module):
             sizes = heads.num_q, heads.num_kv, own.head_dim
             shapes.append(AttentionShape(*sizes, self.dtype, windows, context.kv_cache_dtype, is_plain, linear))
         wide = shapes[1] if shapes[1].windows else None
-        return replace(shapes[0], wide=wide, latent=facts.latent, in_chunks=facts.windows_are_chunks)
+        is_odd = {"in_chunks": facts.windows_are_chunks, "has_sinks": facts.attention_sinks}
+        return replace(shapes[0], wide=wide, latent=facts.latent, **is_odd)
 
     @property
     def has_owners(self) -> bool:
@@ -250,7 +251,9 @@ class DecoderStage(Module):
         backend = self._attention_backend
         if self.attention_shape.linear is not None and not backend.has_states:
             return False
-        return backend.takes_packed and not (self._is_split and self.facts.norms_whole_heads)
+        if not backend.takes_packed or (self._is_split and self.facts.norms_whole_heads):
+            return False
+        return not any(part.waits_for_host for _, part in self.named_modules())
 
     def _angles(self, positions_T: Tensor) -> dict[AngleKind, Angles]:
         """Return the angles for each kind of layer that the stage has."""

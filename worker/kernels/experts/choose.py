@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mgpu.protocol.model.expert_facts import Clamp
 from mgpu.protocol.model.facts import Activation
 from mgpu.worker.kernels.experts.combine import PairRows
 from mgpu.worker.kernels.experts.few import SharedNetwork, few_tokens
@@ -48,6 +49,10 @@ class ExpertStacks:
     activation: Activation
     shared: SharedNetwork | None = None
     """What may be computed with the experts of a few tokens."""
+    biases: tuple[Tensor | None, Tensor | None] = (None, None)
+    """Of both stacks; only packed weights whose groups have scales may have any."""
+    clamp: Clamp | None = None
+    """Set for the gate of gpt-oss; as biases."""
 
     def includes_shared(self, tokens: int) -> bool:
         """Return True if the output of the shared network is part of what is computed for so many tokens."""
@@ -117,8 +122,8 @@ def _grouped(
     gate_up, down, gate = stacks.gate_up, stacks.down, GATES[stacks.activation]
     if isinstance(gate_up, PackedWeight):
         assert isinstance(down, PackedWeight), "both stacks are packed"
-        h_PF = _packed_product(x_TD, gate_up, pairs, weights_TA, gate)
-        y_PD = _packed_product(h_PF, down, pairs, weights_TA, 0)
+        h_PF = _packed_product(x_TD, gate_up, pairs, weights_TA, gate, stacks.biases[0], stacks.clamp)
+        y_PD = _packed_product(h_PF, down, pairs, weights_TA, 0, stacks.biases[1])
     else:
         assert isinstance(down, Tensor), "no stack is packed"
         h_PF = grouped_gate_up(x_TD, gate_up, pairs, weights_TA, gate, tiles.gate_up)
@@ -126,10 +131,19 @@ def _grouped(
     return PairRows(y_PD, experts_TA, stacks.first, stacks.count)
 
 
-def _packed_product(x: Tensor, stack: PackedWeight, pairs: SortedPairs, weights_TA: Tensor, gate: int) -> Tensor:
+def _packed_product(
+    x: Tensor,
+    stack: PackedWeight,
+    pairs: SortedPairs,
+    weights_TA: Tensor,
+    gate: int,
+    bias: Tensor | None = None,
+    clamp: Clamp | None = None,
+) -> Tensor:
     if stack.is_simple:
+        assert bias is None, "kernels of --quant have no biases"
         return grouped_packed(x, stack, pairs, weights_TA, gate, PackedTiling())
-    return grouped_scaled(x, stack, pairs, weights_TA, gate)
+    return grouped_scaled(x, stack, pairs, weights_TA, gate, bias_NO=bias, clamp=clamp)
 
 
 def _dense(stack: Stack, dtype: torch.dtype) -> Stack:

@@ -15,3 +15,15 @@ def gated(gate, up, GATE: tl.constexpr):
     else:
         active = gate / (1.0 + tl.exp(-gate))
     return active * up
+
+
+CLAMPED = tl.constexpr(3)
+"""The constant GATE of `clamped_gate`."""
+
+
+@triton.jit
+def clamped_gate(gate, up, alpha, limit):
+    """Return gpt-oss' ``(up + 1) * gate * sigmoid(alpha * gate)``, gate and up clamped before."""
+    gate = tl.minimum(gate, limit)
+    up = tl.minimum(tl.maximum(up, -limit), limit)
+    return (up + 1.0) * gate / (1.0 + tl.exp(-alpha * gate))

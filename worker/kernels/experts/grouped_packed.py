@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgpu.worker.kernels.experts.gate import gated
+from mgpu.worker.kernels.experts.gate import CLAMPED, clamped_gate, gated
 from mgpu.worker.kernels.experts.sort import SortedPairs
 from mgpu.worker.kernels.layers.arrange import arrange_rows
 from mgpu.worker.kernels.products.widen import KINDS, widen_int4, widen_octets
@@ -51,10 +51,12 @@ def _parts(
 
 
 @triton.jit
-def store_outputs(out_ptr, weights_ptr, acc, acc_up, pair, kept, n, is_row, N, GATE: tl.constexpr):
+def store_outputs(
+    out_ptr, weights_ptr, acc, acc_up, pair, kept, n, is_row, N, alpha, limit, GATE: tl.constexpr
+):  # fmt: skip
     """Store a tile: gated at the places of sorted pairs, else weighted by the router at those of the pairs."""
     if GATE > 0:
-        acc = gated(acc, acc_up, GATE)
+        acc = clamped_gate(acc, acc_up, alpha, limit) if GATE == CLAMPED else gated(acc, acc_up, GATE)
         out_row = kept.to(tl.int64) * N
     else:
         acc *= tl.load(weights_ptr + pair, mask=is_row, other=0.0)[None, :]
@@ -108,7 +110,7 @@ def _packed_kernel(
         acc *= tl.load(scale_ptr + rows)[:, None]
         if GATE > 0:
             acc_up *= tl.load(scale_ptr + rows + N)[:, None]
-    store_outputs(out_ptr, weights_ptr, acc, acc_up, pair, kept, n, is_row, N, GATE)
+    store_outputs(out_ptr, weights_ptr, acc, acc_up, pair, kept, n, is_row, N, 0.0, 0.0, GATE)
 
 
 def grouped_packed(

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mgpu.protocol.model.expert_facts import Clamp
+from mgpu.worker.kernels.experts.gate import CLAMPED
 from mgpu.worker.kernels.experts.grouped_packed import PackedTiling, store_outputs
 from mgpu.worker.kernels.experts.sort import SortedPairs
 from mgpu.worker.kernels.layers.arrange import arrange_rows
@@ -95,11 +97,11 @@ def _octets(
     return acc
 
 
-@triton.jit(do_not_specialize=["blocks_n"])
+@triton.jit(do_not_specialize=["blocks_n", "alpha", "limit"])
 def _scaled_kernel(
-    x_ptr, w_ptr, scale_ptr, zero_ptr, offset_ptr, super_ptr, high_ptr, table_ptr, out_ptr, order_ptr, tiles_ptr,
-    num_tiles_ptr, weights_ptr,
-    N, K, words_per_row, groups, supers, blocks_n, x_stride,
+    x_ptr, w_ptr, scale_ptr, zero_ptr, offset_ptr, super_ptr, high_ptr, table_ptr, bias_ptr, out_ptr, order_ptr,
+    tiles_ptr, num_tiles_ptr, weights_ptr,
+    N, K, words_per_row, groups, supers, blocks_n, x_stride, alpha, limit,
     A: tl.constexpr, GATE: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, SHARED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr, EVEN_K: tl.constexpr, HAS_GAPS: tl.constexpr,
     OVERLAP: tl.constexpr, ASSEMBLY: tl.constexpr,
@@ -139,13 +141,28 @@ def _scaled_kernel(
                     acc_up, x_ptr, w_ptr, scale_ptr, zero_ptr, rows + N, x_row, is_row, block, K, words_per_row, groups,
                     KIND, GROUP, SHARED, EVEN_K, ASSEMBLY,
                 )  # fmt: skip
-    store_outputs(out_ptr, weights_ptr, acc, acc_up, pair, kept, n, is_row, N, GATE)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + rows).to(tl.float32)[:, None]
+        if GATE > 0:
+            acc_up += tl.load(bias_ptr + rows + N).to(tl.float32)[:, None]
+    store_outputs(out_ptr, weights_ptr, acc, acc_up, pair, kept, n, is_row, N, alpha, limit, GATE)
 
 
 def grouped_scaled(
-    x: Tensor, stack: PackedWeight, pairs: SortedPairs, weights_TA: Tensor, gate: int, tiling: PackedTiling = TILING
+    x: Tensor,
+    stack: PackedWeight,
+    pairs: SortedPairs,
+    weights_TA: Tensor,
+    gate: int,
+    *,
+    bias_NO: Tensor | None = None,
+    clamp: Clamp | None = None,
+    tiling: PackedTiling = TILING,
 ) -> Tensor:
-    """Return what `grouped_packed` does, for a stack that `takes_stack` names."""
+    """Return what `grouped_packed` does, for a stack of weights whose groups have scales.
+
+    ``bias_NO``: the biases of each expert, before the gate or the router's weight. ``clamp``: the gate is gpt-oss'.
+    """
     _, outputs, words_per_row = stack.words.shape
     n, flat = outputs // 2 if gate else outputs, flat_stack(stack)
     if stack.kind in RUN_KINDS:
@@ -154,10 +171,11 @@ def grouped_scaled(
     block_n = min(tiling.block_n if x.dtype.itemsize == 2 else 32, max(16, power_of_2(n)))
     blocks_n = ceil_div(n, block_n)
     given = group_arguments(flat)
+    limits = (0.0, 0.0) if clamp is None else (clamp.alpha, clamp.limit)
     _scaled_kernel[(len(pairs.tiles_M4) * blocks_n,)](
-        x, flat.words, *given.tensors, out, pairs.order_P, pairs.tiles_M4, pairs.num_tiles, weights_TA,
-        n, stack.k, words_per_row, *given.sizes, blocks_n, x.stride(0),
-        weights_TA.shape[1], gate, *given.constants,
+        x, flat.words, *given.tensors, bias_NO, out, pairs.order_P, pairs.tiles_M4, pairs.num_tiles, weights_TA,
+        n, stack.k, words_per_row, *given.sizes, blocks_n, x.stride(0), *limits,
+        weights_TA.shape[1], CLAMPED.value if gate and clamp else gate, *given.constants,
         pairs.block_m, block_n, words_per_row % WORDS == 0, stack.k == words_per_row * 4, pairs.has_gaps,
         overlaps_launches(x.device), not INTERPRETED,
         **launch_options(x.device, tiling.num_warps, tiling.num_stages),

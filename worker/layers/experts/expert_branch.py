@@ -64,7 +64,9 @@ class ExpertBranch(Module):
         self.scales = RouterScales(experts, facts.hidden_size, storage)
         shard = part.experts(experts, split, storage.of_down().form.splits_at)
         self.experts = Experts(experts, facts.hidden_size, facts.activation, shard, storage)
-        self._compute = _kernel_experts() if has_kernels_for(experts, storage) else _plain_experts
+        has_kernels = has_kernels_for(experts, storage)
+        self._compute = _kernel_experts() if has_kernels else _plain_experts
+        self.waits_for_host = not has_kernels
         self.norm, self.out_norm, self.dense_out_norm = norm(), norm(), norm()
 
     def __call__(self, dense_TD: Product, residual_TD: Tensor) -> Tensor:

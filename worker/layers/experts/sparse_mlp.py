@@ -49,7 +49,9 @@ class SparseMLP(Module):
         self._group = group
         part = part or TensorPart(group.rank, group.size)
         kernel_mlp = _kernel_mlp if experts.choice is None else _routed_kernel_mlp
-        self._compute = kernel_mlp() if has_kernels_for(experts, storage) else _plain_mlp
+        has_kernels = has_kernels_for(experts, storage)
+        self._compute = kernel_mlp() if has_kernels else _plain_mlp
+        self.waits_for_host = not has_kernels
         self._add_share = _kernel_share() if uses_kernels(storage.device) else _plain_share
         shard = part.experts(experts, split, storage.of_down().form.splits_at)
         self.router = Router(experts, facts.hidden_size, storage)
@@ -86,10 +88,12 @@ class SparseMLP(Module):
 
 
 def has_kernels_for(experts: ExpertFacts, storage: Storage) -> bool:
-    """Return True if kernels compute the experts of a layer: they have neither biases nor clamped gates."""
+    """Return True if kernels compute the experts of a layer. Biases and clamped gates need packed groups."""
     forms = storage.of_gate_up().form, storage.of_down().form
-    is_plain = uses_kernels(storage.device) and not experts.bias and experts.clamp is None
-    return is_plain and all(map(_is_for_kernels, forms)) and len({form.quant == "none" for form in forms}) == 1
+    is_plain = not experts.bias and experts.clamp is None
+    if not uses_kernels(storage.device) or not (is_plain or all(form.source and form.group for form in forms)):
+        return False
+    return all(map(_is_for_kernels, forms)) and len({form.quant == "none" for form in forms}) == 1
 
 
 def _is_for_kernels(form: WeightFormat) -> bool:
@@ -135,8 +139,9 @@ def _stacks(mlp: SparseMLP) -> "ExpertStacks":
         gate_up, down = shared.gate_up.held, shared.down.held
         if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
             network = SharedNetwork(gate_up, down, None if mlp.shared_gate is None else mlp.shared_gate.weight)
-    first = experts.shard.experts.start
-    return ExpertStacks(experts.gate_up.held, experts.down.held, first, experts.activation, network)
+    first, biases = experts.shard.experts.start, (experts.gate_up.bias, experts.down.bias)
+    held = experts.gate_up.held, experts.down.held
+    return ExpertStacks(*held, first, experts.activation, network, biases, experts.facts.clamp)
 
 
 def _kernel_mlp() -> Compute:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from harness.kernel_checks import relative_error, tolerance
 from mgpu.protocol.checkpoint.quantized.gguf import GGUF_FORMATS
-from mgpu.protocol.model.expert_facts import ExpertChoice, ExpertFacts
+from mgpu.protocol.model.expert_facts import Clamp, ExpertChoice, ExpertFacts
 from mgpu.protocol.model.quantization import Quant, weight_format
 from mgpu.protocol.model.weight_format import WeightFormat
 from mgpu.worker.kernels.experts import choose
@@ -299,6 +299,30 @@ def test_experts_whose_groups_have_scales_equal_dequantized_ones(
     x, w = draw(tokens, dim, device=device), draw(count, dim, device=device)
     expected = reference_experts(x, dense[0], dense[1], reference_routing(F.linear(x, w), 1, False), 0)
     got = summed_tensor(sparse_mlp(x, RouterWeights(w, 1, False), ExpertStacks(stacks[0], stacks[1], 0, "silu")))
+    assert relative_error(got, expected) < 3e-5
+
+
+def test_packed_experts_have_biases_and_clamped_gates(device: torch.device) -> None:
+    """As gpt-oss has them: some gates and ups are beyond the limit, and the biases are of each expert."""
+    form, count, dim, clamp = GROUPED["mxfp4"], 3, 64, Clamp(alpha=1.702, limit=1.0)
+    generator = torch.Generator(device).manual_seed(0)
+    stacks = []
+    for parts in ((dim, dim), (dim,)):
+        stacks.append(empty_stack(random_packed(form, parts, dim, generator), count))
+        for index in range(count):
+            put_matrix(stacks[-1], index, random_packed(form, parts, dim, generator))
+    biases = draw(count, 2 * dim, device=device), draw(count, dim, device=device)
+    x, experts = draw(5, dim, device=device), torch.tensor([[0], [2], [1], [2], [2]], device=device)
+    weights = torch.rand(5, 1, device=device)
+    expected = torch.zeros(5, dim, device=device)
+    for token, expert in enumerate(experts[:, 0].tolist()):
+        first, second = (dequantize(matrix_of(stack, expert), torch.float32) for stack in stacks)
+        gate, up = (first @ x[token] + biases[0][expert]).chunk(2)
+        gate, up = gate.clamp(max=clamp.limit), up.clamp(-clamp.limit, clamp.limit)
+        hidden = (up + 1) * gate * torch.sigmoid(clamp.alpha * gate)
+        expected[token] = weights[token] * (second @ hidden + biases[1][expert])
+    held = ExpertStacks(stacks[0], stacks[1], 0, "silu", biases, clamp)
+    got = summed_tensor(routed_experts(x, held, (experts.to(torch.int32), weights)))
     assert relative_error(got, expected) < 3e-5
 
 
