@@ -158,5 +158,3 @@ GGUF_FILES: dict[str, Callable[[Path], Stored]] = {
 }
 STORED = FOLDERS | GGUF_FILES
 """By name, what writes a model into an empty folder."""
-PLAIN_ON_GPUS = ("mxfp4 experts", "GGUF gpt-oss experts")
-"""Attention with sinks: without CUDA graphs."""

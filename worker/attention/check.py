@@ -32,7 +32,7 @@ def attention_problem(device: torch.device, shape: AttentionShape) -> str | None
     if shape.wide is not None and (problem := attention_problem(device, shape.wide)) is not None:
         return problem
     if not shape.has_plain_scores:
-        return "kernels have neither capped scores nor sinks"
+        return "kernels have no capped scores"
     if shape.latent is not None and (problem := latent_obstacle(shape, shape.latent)) is not None:
         return problem
     least = 32 if shape.kv_cache_dtype == "fp8" else 16  # even and odd halves of float8 are operands of their own
@@ -86,7 +86,8 @@ def _error(device: torch.device, shape: AttentionShape, window: int | None) -> f
     cache.v_NBJK[-1].fill_(torch.nan)
     table_PK = torch.rand((max(_CONTEXTS), dim), generator=generator, device=device) * 2 - 1
     batch = _batch(device, pages)
-    spec = AttentionSpec(dim**-0.5, window, in_chunks=shape.in_chunks)
+    sinks = draw(shape.num_q) if shape.has_sinks else None
+    spec = AttentionSpec(dim**-0.5, window, sinks=sinks, in_chunks=shape.in_chunks)
     out_THK = TritonBackend().begin_step(batch, _BLOCK_SIZE).attend_packed(qkv_TAK, None, table_PK, cache, spec)
 
     turned_THK = rotate(qkv_TAK[:, :num_qk], table_PK[batch.positions])
@@ -101,6 +102,7 @@ def _error(device: torch.device, shape: AttentionShape, window: int | None) -> f
         spec.scale,
         window,
         shape.in_chunks,
+        sinks,
     )
     error = float((out_THK.float() - expected_THK).norm() / expected_THK.norm())
     return error if error == error else torch.inf

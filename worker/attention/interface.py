@@ -56,7 +56,7 @@ class AttentionSpec:
     softcap: float = 0.0
     """Scores become ``cap * tanh(score / cap)``; 0: they stay. Plain attention only."""
     sinks: Tensor | None = None
-    """[H]: a score of each query head beside those of its context. Plain attention only."""
+    """[H]: a score of each query head beside those of its context."""
     in_chunks: bool = False
     """Positions are cut into chunks of ``window``, and a token sees itself and what is before it in its chunk."""
 
@@ -77,13 +77,14 @@ class AttentionShape:
     windows: tuple[int | None, ...]
     kv_cache_dtype: KvCacheDtype = "auto"
     has_plain_scores: bool = True
-    """False if scores are capped, or have sinks beside them."""
+    """False if scores are capped."""
     linear: LinearFacts | None = None
     """The linear layers of the stage, if it has any."""
     wide: "AttentionShape | None" = None
     """That of the layers whose heads have sizes of their own (Gemma 4's full attention), if there are any."""
     latent: LatentFacts | None = None
     """Set for attention to latents, which are keys and values at once."""
+    has_sinks: bool = False
     in_chunks: bool = False
     """The windows are chunks; see `AttentionSpec`."""
 

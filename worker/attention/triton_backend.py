@@ -41,11 +41,12 @@ class _Reach(TypedDict):
     scale: float
     window: int | None
     in_chunks: bool
+    sinks_H: Tensor | None
 
 
 def _reach(spec: AttentionSpec) -> _Reach:
     """Return what kernels take of a layer's constants."""
-    return {"scale": spec.scale, "window": spec.window, "in_chunks": spec.in_chunks}
+    return {"scale": spec.scale, "window": spec.window, "in_chunks": spec.in_chunks, "sinks_H": spec.sinks}
 
 
 @dataclass(frozen=True, slots=True)

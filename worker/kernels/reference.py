@@ -17,8 +17,12 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     in_chunks: bool = False,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
-    """Attend with the last ``query_starts[r + 1] - query_starts[r]`` tokens of each row; float32 [T, H, K]."""
+    """Attend with the last ``query_starts[r + 1] - query_starts[r]`` tokens of each row; float32 [T, H, K].
+
+    ``sinks_H``: a score of each query head beside those of its context.
+    """
     out_THK = torch.zeros(q_THK.shape, dtype=torch.float32, device=q_THK.device)
     for row, context in enumerate(context_lens):
         begin, end = query_starts[row], query_starts[row + 1]
@@ -34,7 +38,11 @@ def paged_attention(
         visible_QS = keys_S <= queries_Q1
         if window is not None:
             visible_QS &= keys_S >= queries_Q1 // window * window if in_chunks else keys_S > queries_Q1 - window
-        weights_HQS = scores_HQS.masked_fill(~visible_QS, -torch.inf).softmax(-1)
+        scores_HQS = scores_HQS.masked_fill(~visible_QS, -torch.inf)
+        if sinks_H is not None:
+            sinks_HQ1 = sinks_H.float().view(-1, 1, 1).expand(-1, end - begin, 1)
+            scores_HQS = torch.cat((scores_HQS, sinks_HQ1), dim=-1)
+        weights_HQS = scores_HQS.softmax(-1)[:, :, :context]
         out_THK[begin:end] = (weights_HQS @ v_HSK).transpose(0, 1)
     return out_THK
 

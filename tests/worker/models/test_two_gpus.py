@@ -10,7 +10,7 @@ import torch
 from harness.families import EVERY, SHARED_CACHES, has_experts, has_graphs
 from harness.greedy_checks import Reference, assert_equal, on_the_cpu
 from harness.rank_pool import Job, RankPool
-from harness.stored_models import IDS, PLAIN_ON_GPUS, STORED, Stored
+from harness.stored_models import IDS, STORED, Stored
 from harness.tiny_models import TinyModel
 from mgpu.protocol.checkpoint.huggingface.borrowed import UNSPLIT
 from mgpu.protocol.checkpoint.read import read_checkpoint
@@ -83,4 +83,4 @@ def test_a_packed_model_equals_its_numbers(
     job = Job(model.packed.source.path, sizes, IDS, len(reference.output_ids), split=split)
     rows, _ = pool.run(job, tmp_path)
     assert_equal(rows, reference)
-    assert rows.has_graphs == (name not in PLAIN_ON_GPUS)
+    assert rows.has_graphs

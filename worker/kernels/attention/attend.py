@@ -4,7 +4,10 @@
 import triton
 import triton.language as tl
 
+from mgpu.worker.kernels.attention.inputs import LOG2_E as _LOG2_E
 from mgpu.worker.kernels.products.widen import widen_fp8_pairs
+
+LOG2_E = tl.constexpr(_LOG2_E)
 
 
 @triton.jit
@@ -80,9 +83,19 @@ def attend_pairs(
 
 
 @triton.jit
+def with_sinks(sinks_ptr, heads, mask, peak, total):
+    """Return (factor of the sums, sum of weights) once each head's sink, a score beside those of keys, counts too."""
+    sink = tl.load(sinks_ptr + heads, mask=mask, other=float("-inf")).to(tl.float32) * LOG2_E
+    new_peak = tl.maximum(peak, sink)
+    known = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # padding heads: no -inf minus -inf
+    shrink = tl.exp2(peak - known)
+    return shrink, total * shrink + tl.exp2(sink - known)
+
+
+@triton.jit
 def combine(
     out_ptr, acc_ptr, stat_ptr, count, v_scale,
-    GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, AT_ONCE: tl.constexpr,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, AT_ONCE: tl.constexpr, sinks_ptr=None,
 ):  # fmt: skip
     """Merge ``count`` stretches, always in the same order, and write the result. HEADS is GROUP's power of two."""
     s = tl.arange(0, AT_ONCE)
@@ -109,5 +122,9 @@ def combine(
         acc = acc * shrink[:, None] + tl.sum(values * weights[:, :, None], 0)
         total = total * shrink + tl.sum(totals * weights, 0)
         peak = new_peak
-    out = acc * (v_scale / tl.where(total > 0.0, total, 1.0))[:, None]
+    factor = v_scale
+    if sinks_ptr is not None:
+        shrink, total = with_sinks(sinks_ptr, g, g < GROUP, peak, total)
+        factor *= shrink
+    out = acc * (factor / tl.where(total > 0.0, total, 1.0))[:, None]
     tl.store(out_ptr + g[:, None] * HEAD_DIM + d[None, :], out.to(out_ptr.dtype.element_ty), mask=(g < GROUP)[:, None])

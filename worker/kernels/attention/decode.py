@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgpu.worker.kernels.attention.attend import attend, attend_pairs, combine
+from mgpu.worker.kernels.attention.attend import attend, attend_pairs, combine, with_sinks
 from mgpu.worker.kernels.attention.inputs import LOG2_E, UNLIMITED, PackedHeads, PagedCache
 from mgpu.worker.kernels.attention.rope_cache import store_new_token, turned_heads
 from mgpu.worker.kernels.runtime import (
@@ -66,7 +66,7 @@ class DecodeTiling:
 @triton.jit(do_not_specialize=["window", "table_stride", "stats_offset", "splits"])
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, tables_ptr, lens_ptr, out_ptr, partial_ptr, counter_ptr,
-    row_scale_ptr, cos_sin_ptr, q_weight_ptr, k_weight_ptr, new_k_ptr, new_v_ptr,
+    row_scale_ptr, cos_sin_ptr, q_weight_ptr, k_weight_ptr, new_k_ptr, new_v_ptr, sinks_ptr,
     eps, k_inverse_scale, v_inverse_scale,
     scale, v_scale, window,
     table_stride, q_row_stride, block_stride, token_stride, head_stride, stats_offset, splits,
@@ -139,8 +139,14 @@ def _decode_kernel(
         )  # fmt: skip
 
     out_ptr += row.to(tl.int64) * (num_heads * GROUP * HEAD_DIM) + head * (GROUP * HEAD_DIM)
+    if sinks_ptr is not None:
+        sinks_ptr += head * GROUP
     if count == 1:
-        factor = (v_scale / tl.where(total > 0.0, total, 1.0))[:, None]
+        factor = v_scale
+        if sinks_ptr is not None:
+            shrink, total = with_sinks(sinks_ptr, g, g < GROUP, peak, total)
+            factor *= shrink
+        factor = (factor / tl.where(total > 0.0, total, 1.0))[:, None]
         tl.store(out_ptr + tile, (acc * factor).to(out_ptr.dtype.element_ty), mask=real)
         if FP8:
             tl.store(out_ptr + tile + 1, (acc_odd * factor).to(out_ptr.dtype.element_ty), mask=real)
@@ -160,7 +166,7 @@ def _decode_kernel(
             first_slot = pair * splits
             combine(
                 out_ptr, partial_ptr + first_slot.to(tl.int64) * (GROUP * HEAD_DIM),
-                stat_ptr + first_slot * GROUP * 2, count, v_scale, GROUP, HEADS, HEAD_DIM, AT_ONCE,
+                stat_ptr + first_slot * GROUP * 2, count, v_scale, GROUP, HEADS, HEAD_DIM, AT_ONCE, sinks_ptr,
             )  # fmt: skip
             tl.store(counter_ptr + pair, 0)
 
@@ -200,6 +206,7 @@ def decode_attention(
     scale: float,
     window: int | None = None,
     in_chunks: bool = False,
+    sinks_H: Tensor | None = None,
     tiling: DecodeTiling | None = None,
     out_RHK: Tensor | None = None,
     workspace: Workspace | None = None,
@@ -209,8 +216,8 @@ def decode_attention(
     ``heads``: queries [R, H, K] with any row stride, whose tokens are in the cache already. Or the packed product, for
     which `rope_and_cache` is done at once: the new key and value go to the place that the block table says, and rows
     with a context of 0 write nothing. ``window``: the last tokens that are seen, itself included; ``in_chunks``: what
-    is seen begins at a multiple of it instead. Rows with a context of 0 yield zeros. K is a power of two from 16 on, of
-    a float8 cache from 32 on.
+    is seen begins at a multiple of it instead. ``sinks_H``: a score of each query head beside those of its context.
+    Rows with a context of 0 yield zeros. K is a power of two from 16 on, of a float8 cache from 32 on.
     """
     num_kv, packed = cache.num_kv, None
     if isinstance(heads, PackedHeads):
@@ -231,7 +238,7 @@ def decode_attention(
     _, cos_sin, row_scale, q_weight, k_weight, eps = packed or _READY
     _decode_kernel[(num_kv, tiling.splits, rows)](
         heads, k, v, cache.tables_RP, cache.lens_R, out_RHK, workspace.partials, workspace.counters,
-        row_scale, cos_sin, q_weight, k_weight, cache.k_NBJK, cache.v_NBJK,
+        row_scale, cos_sin, q_weight, k_weight, cache.k_NBJK, cache.v_NBJK, sinks_H,
         eps, 1.0 / cache.k_scale, 1.0 / cache.v_scale,
         scale * cache.k_scale * LOG2_E, cache.v_scale, window or UNLIMITED,
         cache.tables_RP.stride(0), heads.stride(0), *k.stride()[:3], slots * group * dim, tiling.splits,

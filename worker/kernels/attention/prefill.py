@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from mgpu.worker.kernels.attention.attend import with_sinks
 from mgpu.worker.kernels.attention.inputs import LOG2_E, UNLIMITED, PagedCache
 from mgpu.worker.kernels.runtime import (
     HOPPER_SHARED_BYTES,
@@ -146,7 +147,7 @@ def _attend_tiles(
 
 @triton.jit(do_not_specialize=["num_rows", "window", "table_stride"])
 def _prefill_kernel(
-    q_ptr, k_ref, v_ref, tables_ptr, lens_ptr, starts_ptr, out_ptr,
+    q_ptr, k_ref, v_ref, tables_ptr, lens_ptr, starts_ptr, out_ptr, sinks_ptr,
     num_rows, scale, v_scale, window,
     table_stride, q_stride, out_stride, block_stride, token_stride, head_stride,
     WINDOWED: tl.constexpr, CHUNKED: tl.constexpr, BULK: tl.constexpr, FP8: tl.constexpr,
@@ -192,7 +193,11 @@ def _prefill_kernel(
         acc, peak, total, q, k_ref, v_ref, table_ptr, kv_head, masked_from, end, positions, context, scale, window,
         block_stride, token_stride, head_stride, True, CHUNKED, BULK, HEAD_DIM, BLOCK_SIZE, BLOCK_N,
     )  # fmt: skip
-    out = acc * (v_scale / total)[:, None]
+    factor = v_scale
+    if sinks_ptr is not None:
+        shrink, total = with_sinks(sinks_ptr, head + 0 * m, m >= 0, peak, total)
+        factor *= shrink
+    out = acc * (factor / total)[:, None]
     offsets = (start + m).to(tl.int64)[:, None] * out_stride + head * HEAD_DIM + d[None, :]
     tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=(m < count)[:, None])
 
@@ -232,6 +237,7 @@ def prefill_attention(
     scale: float,
     window: int | None = None,
     in_chunks: bool = False,
+    sinks_H: Tensor | None = None,
     tiling: PrefillTiling | None = None,
     out_THK: Tensor | None = None,
 ) -> Tensor:
@@ -239,7 +245,7 @@ def prefill_attention(
 
     Row r's queries are ``q_THK[query_starts[r]:query_starts[r + 1]]``, int32 [R + 1]; the first start need not be 0, so
     that a mixed batch can leave its one-token rows to `decode_attention`. Only those queries are written. ``window``,
-    ``in_chunks`` and K are as in `decode_attention`.
+    ``in_chunks``, ``sinks_H`` and K are as in `decode_attention`.
     """
     tokens, num_q, dim = q_THK.shape
     rows, device = cache.lens_R.shape[0], q_THK.device
@@ -250,7 +256,7 @@ def prefill_attention(
     bulk = tiling.bulk and block_size % tiling.block_n == 0 and k.is_contiguous()
     _prefill_kernel[(num_q, ceil_div(tokens, tiling.block_m) + rows)](
         q_THK, *((_slot_rows(x, tiling.block_n) if bulk else x) for x in (k, v)),
-        cache.tables_RP, cache.lens_R, query_starts, out_THK,
+        cache.tables_RP, cache.lens_R, query_starts, out_THK, sinks_H,
         rows, scale * cache.k_scale * LOG2_E, cache.v_scale, window or UNLIMITED,
         cache.tables_RP.stride(0), q_THK.stride(0), out_THK.stride(0), *k.stride()[:3],
         window is not None, in_chunks, bulk, cache.is_fp8,

@@ -17,7 +17,7 @@ from mgpu.worker.kernels.attention.decode import decode_attention
 
 @pytest.mark.parametrize(("dim", "window", "kept"), [(32, None, "auto"), (32, 40, "fp8"), (512, None, "auto")])
 def test_kernels_pass_the_check(device: torch.device, dim: int, window: int | None, kept: KvCacheDtype) -> None:
-    shape = AttentionShape(4, 2, dim, torch.float32, (window,), kept)
+    shape = AttentionShape(4, 2, dim, torch.float32, (window,), kept, has_sinks=window is not None)
     assert kernel_check.attention_problem(device, shape) is None
 
 

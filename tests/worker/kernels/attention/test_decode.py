@@ -34,10 +34,12 @@ def test_decode_attention_equals_reference(
     cache = paged_cache(lens, block_size, kv_heads, dim, dtype, device)
     q = torch.randn(len(lens), kv_heads * group, dim, device=device).to(dtype)
     starts = list(range(len(lens) + 1))
-    expected = paged_attention(q, cache.k, cache.v, cache.tables, lens, starts, dim**-0.5, window)
     tiling = DecodeTiling(splits, 32, 32)
-    got = decode_attention(q, cache.inputs(), scale=dim**-0.5, window=window, tiling=tiling)
-    assert relative_error(got, expected) < tolerance(dtype)
+    # Sinks far below, among and far above the scores.
+    for sinks in (None, torch.linspace(-20, 9, kv_heads * group, device=device).to(dtype)):
+        expected = paged_attention(q, cache.k, cache.v, cache.tables, lens, starts, dim**-0.5, window, sinks_H=sinks)
+        got = decode_attention(q, cache.inputs(), scale=dim**-0.5, window=window, sinks_H=sinks, tiling=tiling)
+        assert relative_error(got, expected) < tolerance(dtype)
 
 
 @pytest.mark.parametrize("chunk", [48, 64])

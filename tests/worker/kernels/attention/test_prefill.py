@@ -40,6 +40,7 @@ def test_prefill_attention_equals_reference(
     for count in counts:
         starts.append(starts[-1] + count)
     q = torch.randn(starts[-1], kv_heads * group, dim, device=device).to(dtype)
+    sinks = None if window is None else torch.linspace(-20, 9, kv_heads * group, device=device).to(dtype)
     out = torch.full_like(q, 7.0)
     prefill_attention(
         q,
@@ -47,10 +48,11 @@ def test_prefill_attention_equals_reference(
         torch.tensor(starts, dtype=torch.int32, device=device),
         scale=dim**-0.5,
         window=window,
+        sinks_H=sinks,
         tiling=tiling,
         out_THK=out,
     )
-    expected = paged_attention(q, cache.k, cache.v, cache.tables, lens, starts, dim**-0.5, window)
+    expected = paged_attention(q, cache.k, cache.v, cache.tables, lens, starts, dim**-0.5, window, sinks_H=sinks)
     assert relative_error(out[first:], expected[first:]) < tolerance(dtype)
     assert (out[:first] == 7.0).all()
 
