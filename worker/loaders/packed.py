@@ -2,9 +2,11 @@
 
 # N outputs, K inputs, G groups, S stacked matrices
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,8 +17,11 @@ from mgpu.worker.loaders.gguf_blocks import unpack_blocks
 from mgpu.worker.loaders.unpack import ReadBlock, Unpacked, read_order, unpack_rows
 from mgpu.worker.quantization.packing import KIND_OF, PackedWeight, nibble_words, octet_words
 
-CHUNK_ELEMENTS = 1 << 21
-"""Weights that are unpacked at once. They take a few bytes each on the way."""
+CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 23}
+"""Weights that are unpacked at once. They take a few bytes each on the way; a GPU is waited for once a chunk."""
+
+InOrder = Callable[[Iterable[Callable[[], PackedWeight]]], Iterator[PackedWeight]]
+"""Calls functions, maybe several at once, and returns their results in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,28 +33,35 @@ class Piece:
     columns: range
 
 
-def read_packed(pieces: Sequence[Piece], read: ReadBlock, keeps_rows: bool = False) -> PackedWeight:
+def one_by_one(calls: Iterable[Callable[[], PackedWeight]]) -> Iterator[PackedWeight]:
+    return (call() for call in calls)
+
+
+def read_packed(
+    pieces: Sequence[Piece],
+    read: ReadBlock,
+    keeps_rows: bool = False,
+    in_order: InOrder = one_by_one,
+    kind: str = "cpu",
+) -> PackedWeight:
     """Return a stack of parts of matrices that have the same format and the same columns. CheckpointError.
 
-    ``keeps_rows``: outputs share no scales, since their order is changed later.
+    ``keeps_rows``: outputs share no scales, since their order is changed later. ``kind``: of the device.
     """
-    form, columns = pieces[0].parts.form, pieces[0].columns
+    form, columns, elements = pieces[0].parts.form, pieces[0].columns, CHUNK_ELEMENTS[kind]
     if pieces[0].parts.packing == "gguf":
-        return _read_blocks(pieces, read)
+        return _read_blocks(pieces, read, in_order, elements)
     groups, order = _groups(pieces, read)
     edges = [edge for piece in pieces for edge in (piece.rows.start, len(piece.rows))]
     sharing = 1 if keeps_rows else math.gcd(form.rows, *edges)
     outputs = sum(len(piece.rows) for piece in pieces)
-    stack: PackedWeight | None = None
-    first, ends = 0, []
-    for piece in pieces:
-        for rows in _chunks(piece, sharing):
-            chunk = _packed(unpack_rows(piece.parts, read, rows, columns, groups), form, len(columns), sharing)
-            stack = stack or _empty(chunk, outputs)
-            _put(stack, first, chunk)
-            first += len(rows)
-        ends.append(first)
-    assert stack is not None, "a matrix has rows"
+
+    def unpack(piece: Piece, rows: range) -> PackedWeight:
+        return _packed(unpack_rows(piece.parts, read, rows, columns, groups), form, len(columns), sharing)
+
+    calls = [partial(unpack, piece, rows) for piece in pieces for rows in _chunks(piece, sharing, elements)]
+    stack = _stacked(in_order(calls), outputs)
+    ends = itertools.accumulate(len(piece.rows) for piece in pieces)
     if order is None:
         return stack
     return PackedWeight(
@@ -57,17 +69,22 @@ def read_packed(pieces: Sequence[Piece], read: ReadBlock, keeps_rows: bool = Fal
     )
 
 
-def _read_blocks(pieces: Sequence[Piece], read: ReadBlock) -> PackedWeight:
+def _read_blocks(pieces: Sequence[Piece], read: ReadBlock, in_order: InOrder, elements: int) -> PackedWeight:
     """Return a stack of parts of matrices of a GGUF file. Their columns are whole blocks."""
     columns = pieces[0].columns
-    outputs, first = sum(len(piece.rows) for piece in pieces), 0
+    chunks = [(piece, rows) for piece in pieces for rows in _chunks(piece, 1, elements)]
+    calls = [partial(unpack_blocks, piece.parts, read, rows, columns) for piece, rows in chunks]
+    return _stacked(in_order(calls), sum(len(piece.rows) for piece in pieces))
+
+
+def _stacked(chunks: Iterable[PackedWeight], outputs: int) -> PackedWeight:
+    """Return chunks of so many outputs in all as one weight."""
     stack: PackedWeight | None = None
-    for piece in pieces:
-        for rows in _chunks(piece, 1):
-            chunk = unpack_blocks(piece.parts, read, rows, columns)
-            stack = stack or _empty(chunk, outputs)
-            _put(stack, first, chunk)
-            first += len(rows)
+    first = 0
+    for chunk in chunks:
+        stack = stack or _empty(chunk, outputs)
+        _put(stack, first, chunk)
+        first += len(chunk.words)
     assert stack is not None, "a matrix has rows"
     return stack
 
@@ -90,8 +107,8 @@ def _groups(pieces: Sequence[Piece], read: ReadBlock) -> tuple[range, Tensor | N
     return groups, (inputs // form.group - groups.start).expand(len(pieces), -1)
 
 
-def _chunks(piece: Piece, sharing: int) -> list[range]:
-    size = -(-max(1, CHUNK_ELEMENTS // max(1, len(piece.columns))) // sharing) * sharing
+def _chunks(piece: Piece, sharing: int, elements: int) -> list[range]:
+    size = -(-max(1, elements // max(1, len(piece.columns))) // sharing) * sharing
     rows = piece.rows
     return [range(first, min(first + size, rows.stop)) for first in range(rows.start, rows.stop, size)]
 

@@ -15,23 +15,28 @@ Files are read by ``preadv``, not mapped: a file that shrinks is then a clear er
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from threading import Lock
 from types import TracebackType
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from mgpu.protocol.checkpoint.gguf.families import INTERLEAVED
 from mgpu.protocol.checkpoint.read import Checkpoint, CheckpointError, TensorEntry
+from mgpu.worker.loaders.background import Background
 from mgpu.worker.loaders.block_formats import NUMBERS, BlockType, block_type
 from mgpu.worker.loaders.copiers import Progress, make_copier
-from mgpu.worker.loaders.packed import Piece, read_packed
+from mgpu.worker.loaders.packed import Piece, one_by_one, read_packed
 from mgpu.worker.loaders.slices import FileRows, slice_of, total
 from mgpu.worker.quantization.packing import PackedWeight, dequantize
 
 _CPU = torch.device("cpu")
+T = TypeVar("T")
 
 
 class WeightReader:
@@ -57,8 +62,12 @@ class WeightReader:
         self._progress = progress
         self._files: dict[str, int] = {}
         self.bytes_read = 0
+        self._unreported: deque[int] = deque()
+        """Bytes of packed matrices: read in any thread, reported in the caller's."""
         self._device = device
         self._copier = make_copier(device, threads, self._count)
+        self._background = Background(device, threads if device.type == "cuda" else 1)
+        self._opening = Lock()
 
     def _count(self, nbytes: int) -> None:
         self.bytes_read += nbytes
@@ -75,6 +84,7 @@ class WeightReader:
                 self._copier.check()
         finally:
             self._copier.close()
+            self._background.close()
             for fd in self._files.values():
                 os.close(fd)
             self._files.clear()
@@ -108,11 +118,22 @@ class WeightReader:
         if _has_heads(name):
             self._arrange_heads(dest)
 
+    def in_background(self, calls: Iterable[Callable[[], T]]) -> Iterator[T]:
+        """Call functions that read packed matrices, several at once for a GPU; return their results in order."""
+        for result in self._background.in_order(calls):
+            self._report()
+            yield result
+        self._report()
+
+    def _report(self) -> None:
+        while self._unreported:
+            self._count(self._unreported.popleft())
+
     def packed_rows(self, parts: Sequence[tuple[str, range]]) -> PackedWeight:
         """Return some rows of each of several matrices of the same packed format, stacked. CheckpointError."""
         pieces = [self._piece(name, rows, None) for name, rows in parts]
         is_reordered = any(_has_heads(name) for name, _ in parts) and self._reorders_heads
-        stack = read_packed(pieces, self._read_block, keeps_rows=is_reordered)
+        stack = self._read_packed(pieces, is_reordered)
         first = 0
         for name, rows in parts:
             if is_reordered and _has_heads(name):
@@ -127,7 +148,11 @@ class WeightReader:
 
     def packed_columns(self, name: str, columns: range) -> PackedWeight:
         """Return some columns of a packed matrix. CheckpointError."""
-        return read_packed([self._piece(name, None, columns)], self._read_block)
+        return self._read_packed([self._piece(name, None, columns)])
+
+    def _read_packed(self, pieces: Sequence[Piece], keeps_rows: bool = False) -> PackedWeight:
+        in_order = one_by_one if self._background.is_inside else self.in_background
+        return read_packed(pieces, self._read_block, keeps_rows, in_order, self._device.type)
 
     def _piece(self, name: str, rows: range | None, columns: range | None) -> Piece:
         entry = self._entry(name)
@@ -151,7 +176,7 @@ class WeightReader:
         source = FileRows(entry, plain, file, offset, len(rows), row_bytes, width * size * rows.step)
         raw = torch.empty(source.nbytes, dtype=torch.uint8)
         source.read(raw.numpy().data)
-        self._count(source.nbytes)
+        self._unreported.append(source.nbytes)
         return raw.view(numbers).view(len(rows), len(columns)).to(self._device)
 
     def _fill_dequantized(self, dest: Tensor, entry: TensorEntry, first_row: int, first_column: int) -> None:
@@ -215,12 +240,13 @@ class WeightReader:
         dest.copy_(stored[:, ::step].T)
 
     def _open(self, path: str, entry: TensorEntry) -> int:
-        if path not in self._files:
-            try:
-                self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise CheckpointError(f"cannot open {path} for tensor {entry.name!r}: {error.strerror}") from error
-        return self._files[path]
+        with self._opening:
+            if path not in self._files:
+                try:
+                    self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise CheckpointError(f"cannot open {path} for tensor {entry.name!r}: {error.strerror}") from error
+            return self._files[path]
 
 
 def _has_heads(name: str) -> bool:

@@ -234,8 +234,8 @@ class DecoderStage(Module):
             sizes = heads.num_q, heads.num_kv, own.head_dim
             shapes.append(AttentionShape(*sizes, self.dtype, windows, context.kv_cache_dtype, is_plain, linear))
         wide = shapes[1] if shapes[1].windows else None
-        is_odd = {"in_chunks": facts.windows_are_chunks, "has_sinks": facts.attention_sinks}
-        return replace(shapes[0], wide=wide, latent=facts.latent, **is_odd)
+        in_chunks, has_sinks = facts.windows_are_chunks, facts.attention_sinks
+        return replace(shapes[0], wide=wide, latent=facts.latent, in_chunks=in_chunks, has_sinks=has_sinks)
 
     @property
     def has_owners(self) -> bool:

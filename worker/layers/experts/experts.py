@@ -7,6 +7,8 @@ those of a row-parallel layer. So both splits take one all-reduce, and no token 
 # T tokens, D model dim, N experts of this rank, F width of an expert on this rank, A active experts of a token
 # O outputs and I inputs of one matrix, R tokens of one expert
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -126,31 +128,38 @@ class Experts(Module):
 
     def load(self, reader: WeightReader, prefix: str) -> None:
         """Read this rank's experts, and its columns of them."""
-        for index, expert in enumerate(self.shard.experts):
-            name = f"{prefix}.{expert}"
-            self._load_gate_up(reader, index, name)
-            self._load_down(reader, index, name)
+        names = [f"{prefix}.{expert}" for expert in self.shard.experts]
+        self._load_gate_up(reader, names)
+        self._load_down(reader, names)
+        for index, name in enumerate(names):
             self._load_biases(reader, index, name)
 
-    def _load_gate_up(self, reader: WeightReader, index: int, name: str) -> None:
+    def _load_gate_up(self, reader: WeightReader, experts: list[str]) -> None:
         columns, width = self.shard.columns, len(self.shard.columns)
-        names = f"{name}.gate_proj.weight", f"{name}.up_proj.weight"
+        names = [(f"{name}.gate_proj.weight", f"{name}.up_proj.weight") for name in experts]
         if self.gate_up.form.source:
-            self.gate_up.put(index, reader.packed_rows([(each, columns) for each in names]))
+            calls = [partial(reader.packed_rows, [(each, columns) for each in pair]) for pair in names]
+            for index, matrix in enumerate(reader.in_background(calls)):
+                self.gate_up.put(index, matrix)
             return
-        weight_OI = self.gate_up.dense(index)
-        reader.fill_rows(weight_OI[:width], names[0], columns.start)
-        reader.fill_rows(weight_OI[width:], names[1], columns.start)
-        self.gate_up.keep(index, weight_OI, reader)
+        for index, (gate, up) in enumerate(names):
+            weight_OI = self.gate_up.dense(index)
+            reader.fill_rows(weight_OI[:width], gate, columns.start)
+            reader.fill_rows(weight_OI[width:], up, columns.start)
+            self.gate_up.keep(index, weight_OI, reader)
 
-    def _load_down(self, reader: WeightReader, index: int, name: str) -> None:
+    def _load_down(self, reader: WeightReader, experts: list[str]) -> None:
         columns = self.shard.columns
+        names = [f"{name}.down_proj.weight" for name in experts]
         if self.down.form.source:
-            self.down.put(index, reader.packed_columns(f"{name}.down_proj.weight", columns))
+            calls = [partial(reader.packed_columns, name, columns) for name in names]
+            for index, matrix in enumerate(reader.in_background(calls)):
+                self.down.put(index, matrix)
             return
-        weight_OI = self.down.dense(index)
-        reader.fill_columns(weight_OI, f"{name}.down_proj.weight", columns.start)
-        self.down.keep(index, weight_OI, reader)
+        for index, name in enumerate(names):
+            weight_OI = self.down.dense(index)
+            reader.fill_columns(weight_OI, name, columns.start)
+            self.down.keep(index, weight_OI, reader)
 
     def _load_biases(self, reader: WeightReader, index: int, name: str) -> None:
         """Read an expert's biases. Of ranks that have slices of it, the first adds that of ``down``."""

@@ -321,7 +321,7 @@ def test_packed_experts_have_biases_and_clamped_gates(device: torch.device) -> N
         gate, up = gate.clamp(max=clamp.limit), up.clamp(-clamp.limit, clamp.limit)
         hidden = (up + 1) * gate * torch.sigmoid(clamp.alpha * gate)
         expected[token] = weights[token] * (second @ hidden + biases[1][expert])
-    held = ExpertStacks(stacks[0], stacks[1], 0, "silu", biases, clamp)
+    held = ExpertStacks(stacks[0], stacks[1], 0, "silu", biases=biases, clamp=clamp)
     got = summed_tensor(routed_experts(x, held, (experts.to(torch.int32), weights)))
     assert relative_error(got, expected) < 3e-5
 
