@@ -12,7 +12,7 @@ from harness.random_model import write_random_model
 VOCABULARY = 1024
 
 
-def write_text_model(folder: Path) -> Path:
+def write_text_model(folder: Path, vocabulary: int = VOCABULARY) -> Path:
     """Write the model with its tokenizer and chat template; it splits over 2 and 4 ranks."""
-    write_tokenizer(folder, VOCABULARY)
-    return write_random_model(folder, vocab_size=VOCABULARY, num_hidden_layers=2, max_position_embeddings=2048)
+    write_tokenizer(folder, vocabulary)
+    return write_random_model(folder, vocab_size=vocabulary, num_hidden_layers=2, max_position_embeddings=2048)
