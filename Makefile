@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 PARALLEL ?= -n $(shell nproc) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
+# Tests of GPUs spend their time compiling kernels, each process its own; all share the GPU's memory.
+PARALLEL_GPU ?= -n 4 --dist worksteal
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-gpu check format bench-cpu chaos attack fuzz mutation clean
 
@@ -20,7 +23,7 @@ test: $(VENV)/installed-dev ## Run the whole test suite on all cores, end-to-end
 	@$(BIN)/python -m pytest $(PARALLEL)
 
 test-gpu: $(VENV)/installed-dev ## Run the tests that need a CUDA device
-	@$(BIN)/python -m pytest -m "gpu or multigpu"
+	@$(BIN)/python -m pytest -m "gpu or multigpu" $(PARALLEL_GPU)
 
 check: $(VENV)/installed-dev ## Format, lint, types, tests
 	@$(BIN)/ruff format --check .
