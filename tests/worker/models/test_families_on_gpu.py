@@ -1,6 +1,6 @@
 """Tiny models of every family on a GPU: in float32 the tokens of transformers, in bfloat16 near them, as graphs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from harness.stage_driver import logits_in_chunks
 from harness.tiny_models import TinyModel
 from mgpu.protocol.checkpoint.huggingface.borrowed import UNSPLIT
 from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint
+from mgpu.worker.kernels.use import uses_kernels
 
 pytestmark = [
     pytest.mark.gpu,
@@ -71,6 +72,23 @@ def test_transformers_code_equals_transformers(tiny_model: MakeModel, family: st
     rows = run(checkpoint, model, torch.float32)
     assert_equal(rows, reference_of(model))
     assert rows.has_graphs
+
+
+@pytest.fixture
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("MGPU_KERNELS", "0")
+    uses_kernels.cache_clear()
+    yield
+    uses_kernels.cache_clear()
+
+
+@pytest.mark.usefixtures("no_kernels")
+@pytest.mark.parametrize("family", ["gemma3", "gemma4-moe", "qwen3-moe", "qwen3.5", "deepseek-v3"])
+def test_plain_torch_equals_transformers(tiny_model: MakeModel, family: str) -> None:
+    model = tiny_model(family)
+    rows = run(read_checkpoint(model.folder), model, torch.float32)
+    assert_equal(rows, reference_of(model))
+    assert not rows.has_graphs
 
 
 @pytest.mark.parametrize(("family", "dtype"), SPLIT, ids=str)
