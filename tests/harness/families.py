@@ -20,7 +20,7 @@ BORROWED = tuple(sorted(BORROWED_TYPES.values()))
 """Families that transformers' code runs."""
 EVERY = (*DENSE, *EXPERTS, *SHARED_CACHES, *HYBRIDS, *BORROWED)
 
-PLAIN_ATTENTION = ("gemma2", "deepseek-v2-lite")
+PLAIN_ATTENTION = ("gemma2", "vaultgemma", "deepseek-v2-lite")
 """Attention runs on plain torch on GPUs, without CUDA graphs: scores are capped, or a part of the latent is no power of
 two."""
 NOT_CAPTURABLE = ("phimoe", "gpt-oss")

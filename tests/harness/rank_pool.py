@@ -1,12 +1,12 @@
 """Processes that are the ranks of many small models, one after the other (`rank_server`)."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,20 +44,22 @@ class RankPool:
         self._is_ready = False
         self._start()  # while the first model is made
 
-    def run(self, job: Job, folder: Path) -> tuple[Rows, list[str]]:
-        """Return what the rows got and the notes of all ranks. AssertionError if a rank fails. ``folder`` is empty."""
+    def run(self, job: Job) -> tuple[Rows, list[str]]:
+        """Return what the rows got and the notes of all ranks. AssertionError if a rank fails."""
         if not self._ranks:
             self._start()
         if not self._is_ready:
             assert self._read() == ["ready"] * len(self._ranks)
             self._is_ready = True
-        shared = folder / "shared"
-        shared.touch()
-        line = json.dumps(asdict(job) | {"shared": str(shared)})
-        for rank in self._ranks:
-            assert rank.stdin is not None
-            print(line, file=rank.stdin, flush=True)
-        answers = self._read()
+        fd = os.memfd_create("mgpu-test")  # GPUs cannot pin the memory of a file on a disk
+        try:
+            line = json.dumps(asdict(job) | {"shared": f"/proc/{os.getpid()}/fd/{fd}"})
+            for rank in self._ranks:
+                assert rank.stdin is not None
+                print(line, file=rank.stdin, flush=True)
+            answers = self._read()
+        finally:
+            os.close(fd)
         errors = [answer["error"] for answer in answers if "error" in answer]
         if any("CUDA error" in error or error == _ENDED for error in errors):
             self.end()  # no later step of such a process would work

@@ -158,3 +158,5 @@ GGUF_FILES: dict[str, Callable[[Path], Stored]] = {
 }
 STORED = FOLDERS | GGUF_FILES
 """By name, what writes a model into an empty folder."""
+NOT_CAPTURABLE = ("gptq-order experts", "w4a16-order experts", "gptq-order latents")
+"""Plain torch computes experts in act-order on GPUs, and asks on the host how many tokens each has: no CUDA graphs."""
