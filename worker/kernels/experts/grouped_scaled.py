@@ -82,18 +82,26 @@ def _octets(
     j = tl.arange(0, 32)
     words = tl.load(w_ptr + rows[:, None] * words_per_row + (block * 32 + j)[None, :])
     parts = widen_octets(words, KIND, dtype, ASSEMBLY)
+    AFTER: tl.constexpr = (GROUP == 0 or GROUP % 128 == 0) and zero_ptr is None
+    products = tl.zeros_like(acc)
     for part in tl.static_range(4):
         k = (block * 4 + part) * 32 + j
         mask = is_row[None, :]
         if not EVEN_K:
             mask &= k[:, None] < K
         x = tl.load(x_ptr + x_row[None, :] + k[:, None], mask=mask, other=0.0)
-        group = tl.minimum((block * 128 + part * 32) // GROUP, groups - 1) if GROUP > 0 else 0
-        scale = load_scale(scale_ptr + (rows // SHARED) * groups + group, rows >= 0)
-        w = parts[part]
-        if zero_ptr is not None:
-            w -= tl.load(zero_ptr + rows * groups + group).to(dtype)[:, None]
-        acc += tl.dot(w, x, input_precision="ieee") * scale[:, None]
+        if AFTER:
+            products = tl.dot(parts[part], x, products, input_precision="ieee")
+        else:
+            group = tl.minimum((block * 128 + part * 32) // GROUP, groups - 1) if GROUP > 0 else 0
+            scale = load_scale(scale_ptr + (rows // SHARED) * groups + group, rows >= 0)
+            w = parts[part]
+            if zero_ptr is not None:
+                w -= tl.load(zero_ptr + rows * groups + group).to(dtype)[:, None]
+            acc += tl.dot(w, x, input_precision="ieee") * scale[:, None]
+    if AFTER:  # all inputs of a block have one scale
+        group = tl.minimum(block * 128 // GROUP, groups - 1) if GROUP > 0 else 0
+        acc += products * load_scale(scale_ptr + (rows // SHARED) * groups + group, rows >= 0)[:, None]
     return acc
 
 

@@ -275,6 +275,7 @@ def test_quantized_experts_equal_dequantized_ones(
 
 GROUPED = {
     "fp8-blocks": WeightFormat("fp8", 32, 16, 2, source="x"), "int8-groups": WeightFormat("8", 32, 1, 2, source="x"),
+    "fp8-whole-blocks": WeightFormat("fp8", 128, 128, 4, source="x"),
     "int4-zeros": WeightFormat("4", 32, 1, 2, 1, source="x"), "mxfp4": WeightFormat("fp4", 32, 1, 1, source="x"),
     **{kind: GGUF_FORMATS[kind] for kind in ("Q5_1", "Q8_0", "IQ4_NL", "Q4_K", "Q6_K")},
 }  # fmt: skip
@@ -287,7 +288,7 @@ def test_experts_whose_groups_have_scales_equal_dequantized_ones(
 ) -> None:
     monkeypatch.setattr(choose, "PACKED_TOKENS", 2)
     form, (tokens, count) = GROUPED[name], (3, 2)
-    dim = width = max(32, form.block)
+    dim = width = max(32, form.block, form.group)
     generator = torch.Generator(device).manual_seed(0)
     stacks = []
     for parts, inputs in (((width, width), dim), ((dim,), width)):
