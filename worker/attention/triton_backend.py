@@ -170,20 +170,24 @@ class TritonStep:
         self, heads: LatentProjections, new: NewLatents, table_PK: Tensor, cache: LayerCache, spec: AttentionSpec
     ) -> Tensor:
         latents = cache.k_NBJK[:, :, 0]
-        rotated_THK = store_latents(new, table_PK, self.positions_T, self.slots_T, latents)
+        where = table_PK, self.positions_T, self.slots_T, latents
         if self.latent_prompts is None:
-            return self._attend_absorbed(heads, rotated_THK, latents, spec.scale)
+            rotated_THK, wide_THC = store_latents(new, *where, heads)
+            return self._attend_absorbed(heads, wide_THC, rotated_THK, latents, spec.scale)
+        rotated_THK, _ = store_latents(new, *where)
         out_THV = heads.q_THP.new_zeros(*heads.q_THP.shape[:2], heads.value_dim)
         if self.decode is not None:
             count = len(self.decode.lens_R)
             decoding, step = heads._replace(q_THP=heads.q_THP[:count]), replace(self, prompts=None)
-            out_THV[:count] = step._attend_absorbed(decoding, rotated_THK[:count], latents, spec.scale)
+            out_THV[:count] = step._attend_absorbed(decoding, None, rotated_THK[:count], latents, spec.scale)
         latent_prefill(heads, rotated_THK, latents, self.latent_prompts, scale=spec.scale, out_THV=out_THV)
         return out_THV
 
-    def _attend_absorbed(self, heads: LatentProjections, rotated_THK: Tensor, latents: Tensor, scale: float) -> Tensor:
+    def _attend_absorbed(
+        self, heads: LatentProjections, wide_THC: Tensor | None, rotated_THK: Tensor, latents: Tensor, scale: float
+    ) -> Tensor:
         """Attend to latents themselves: queries are brought to their width, and sums of them to that of values."""
-        q_THC = absorb(heads.q_THP, heads.weight_HXC)
+        q_THC = absorb(heads.q_THP, heads.weight_HXC) if wide_THC is None else wide_THC
         # Tokens that only pad a step with prompts get zeros: what is undefined could be anything to the layers behind.
         make = torch.empty if self.prompts is None else torch.zeros
         out_THC = make(q_THC.shape, dtype=q_THC.dtype, device=q_THC.device)

@@ -1,5 +1,8 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
-"""Between the projections of latent attention and attention: normalize latents, rotate keys and queries, and store."""
+"""Between the projections of latent attention and attention: normalize latents, rotate keys and queries, and store.
+
+Of a few tokens further programs bring queries to the width of latents, which would be a kernel of its own.
+"""
 
 # T tokens, H query heads, C components without position, K rotated ones, N blocks, B tokens per block, P positions
 
@@ -8,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgpu.worker.kernels.attention.inputs import NewLatents
+from mgpu.worker.kernels.attention.inputs import LatentProjections, NewLatents
+from mgpu.worker.kernels.attention.latent_heads import COLUMNS, FEW_TOKENS, absorb_columns
 from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, power_of_2, wait_for_inputs
 
 HEADS_PER_PROGRAM = 16
@@ -31,12 +35,23 @@ def _turned(source_ptr, angles_ptr, mask, ROTATED: tl.constexpr, INTERLEAVED: tl
 @triton.jit
 def _latent_cache_kernel(
     kv_ptr, q_ptr, weight_ptr, angles_ptr, positions_ptr, slots_ptr, out_ptr, cache_ptr,
+    plain_ptr, heads_ptr, wide_ptr,
     eps, kv_stride, q_token_stride, q_head_stride, angles_stride, block_stride, slot_stride,
+    P, plain_token_stride, plain_head_stride, heads_stride,
     Q_HEADS: tl.constexpr, RANK: tl.constexpr, ROTATED: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr, P_PAD: tl.constexpr, COLUMNS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
+    if plain_ptr is not None and part >= PARTS:
+        head = ((part - PARTS) // (RANK // COLUMNS)).to(tl.int64)
+        absorb_columns(
+            plain_ptr + token * plain_token_stride + head * plain_head_stride, heads_ptr + head * heads_stride,
+            wide_ptr + (token * Q_HEADS + head) * RANK, P, RANK, (part - PARTS) % (RANK // COLUMNS) * COLUMNS,
+            P_PAD, COLUMNS, OVERLAP,
+        )  # fmt: skip
+        return
     HALF: tl.constexpr = ROTATED // 2
     i = tl.arange(0, HALF)
     wait_for_inputs(OVERLAP)
@@ -66,20 +81,37 @@ def _latent_cache_kernel(
             tl.store(place + RANK + HALF + i[None, :], high.to(dtype))
 
 
-def store_latents(new: NewLatents, table_PK: Tensor, positions_T: Tensor, slots_T: Tensor, cache_NBK: Tensor) -> Tensor:
+def store_latents(
+    new: NewLatents,
+    table_PK: Tensor,
+    positions_T: Tensor,
+    slots_T: Tensor,
+    cache_NBK: Tensor,
+    heads: LatentProjections | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """Write the latents of new tokens to their slots, and return the rotated parts of queries [T, H, K].
 
     ``table_PK``: for each position cos of the K / 2 angles, then sin. Tokens with slot -1 are not stored. C and K are
-    powers of two.
+    powers of two. With ``heads`` also return queries as wide as a latent [T, H, C], if the tokens are few.
     """
     q_THK, rank = new.q_THK, len(new.norm_C)
-    tokens, num_q, rotated = q_THK.shape
-    out_THK = torch.empty(q_THK.shape, dtype=q_THK.dtype, device=q_THK.device)
-    per_program = min(HEADS_PER_PROGRAM, power_of_2(num_q))
-    _latent_cache_kernel[(tokens, 1 + ceil_div(num_q, per_program))](
-        new.kv_TC, q_THK, new.norm_C, table_PK, positions_T, slots_T, out_THK, cache_NBK,
-        new.eps, new.kv_TC.stride(0), *q_THK.stride()[:2], table_PK.stride(0), *cache_NBK.stride()[:2],
-        num_q, rank, rotated, new.is_interleaved, cache_NBK.shape[1], per_program, overlaps_launches(q_THK.device),
-        **launch_options(q_THK.device, 4),
+    (tokens, num_q, rotated), device, dtype = q_THK.shape, q_THK.device, q_THK.dtype
+    out_THK, wide_THC = torch.empty(q_THK.shape, dtype=dtype, device=device), None
+    per_program, columns = min(HEADS_PER_PROGRAM, power_of_2(num_q)), min(COLUMNS, rank)
+    parts = 1 + ceil_div(num_q, per_program)
+    absorbing: tuple[Tensor | None, ...] = (None, None, None)
+    strides: tuple[int, ...] = (0, 0, 0, 0)
+    plain = 1
+    if heads is not None and tokens <= FEW_TOKENS:
+        plain = heads.plain
+        wide_THC = torch.empty(tokens, num_q, rank, dtype=dtype, device=device)
+        absorbing = heads.q_THP, heads.weight_HXC, wide_THC
+        strides = plain, *heads.q_THP.stride()[:2], heads.weight_HXC.stride(0)
+    programs = parts if wide_THC is None else parts + num_q * (rank // columns)
+    _latent_cache_kernel[(tokens, programs)](
+        new.kv_TC, q_THK, new.norm_C, table_PK, positions_T, slots_T, out_THK, cache_NBK, *absorbing,
+        new.eps, new.kv_TC.stride(0), *q_THK.stride()[:2], table_PK.stride(0), *cache_NBK.stride()[:2], *strides,
+        num_q, rank, rotated, new.is_interleaved, cache_NBK.shape[1], per_program, parts, power_of_2(plain), columns,
+        overlaps_launches(device), **launch_options(device, 4),
     )  # fmt: skip
-    return out_THK
+    return out_THK, wide_THC

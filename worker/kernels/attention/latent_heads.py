@@ -14,8 +14,23 @@ from torch import Tensor
 from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, power_of_2, wait_for_inputs
 
 FEW_TOKENS = 4
-_COLUMNS, _ROWS = 64, 16
+COLUMNS, _ROWS = 64, 16
 """Of a head's matrix that one program has: columns to absorb a query, rows for values."""
+
+
+@triton.jit
+def absorb_columns(
+    q_ptr, w_ptr, out_ptr, P, C, first, P_PAD: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):  # fmt: skip
+    """Multiply the query of one head by BLOCK columns of its matrix, from ``first`` on. Waits for the query."""
+    p = tl.arange(0, P_PAD)
+    c = first + tl.arange(0, BLOCK)
+    mask = (p < P)[:, None] & (c < C)[None, :]
+    w = tl.load(w_ptr + p[:, None] * C + c[None, :], mask=mask, other=0.0)
+    wait_for_inputs(OVERLAP)
+    q = tl.load(q_ptr + p, mask=p < P, other=0.0)
+    out = tl.sum(w.to(tl.float32) * q.to(tl.float32)[:, None], 0)
+    tl.store(out_ptr + c, out.to(out_ptr.dtype.element_ty), mask=c < C)
 
 
 @triton.jit
@@ -23,17 +38,12 @@ def _absorb_kernel(
     q_ptr, w_ptr, out_ptr, P, C, q_token_stride, q_head_stride, w_head_stride,
     P_PAD: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0)
+    head = tl.program_id(0).to(tl.int64)
     token = tl.program_id(2).to(tl.int64)
-    p = tl.arange(0, P_PAD)
-    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = (p < P)[:, None] & (c < C)[None, :]
-    w = tl.load(w_ptr + head.to(tl.int64) * w_head_stride + p[:, None] * C + c[None, :], mask=mask, other=0.0)
-    wait_for_inputs(OVERLAP)
-    q = tl.load(q_ptr + token * q_token_stride + head * q_head_stride + p, mask=p < P, other=0.0)
-    out = tl.sum(w.to(tl.float32) * q.to(tl.float32)[:, None], 0)
-    out_ptr += (token * tl.num_programs(0) + head) * C
-    tl.store(out_ptr + c, out.to(out_ptr.dtype.element_ty), mask=c < C)
+    absorb_columns(
+        q_ptr + token * q_token_stride + head * q_head_stride, w_ptr + head * w_head_stride,
+        out_ptr + (token * tl.num_programs(0) + head) * C, P, C, tl.program_id(1) * BLOCK, P_PAD, BLOCK, OVERLAP,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -62,7 +72,7 @@ def absorb(q_THP: Tensor, weight_HXC: Tensor) -> Tensor:
         return torch.bmm(q_THP.transpose(0, 1), weight_HXC[:, :plain]).transpose(0, 1)
     rank = weight_HXC.shape[2]
     out_THC = torch.empty(tokens, heads, rank, dtype=q_THP.dtype, device=q_THP.device)
-    block = min(_COLUMNS, power_of_2(rank))
+    block = min(COLUMNS, power_of_2(rank))
     _absorb_kernel[(heads, ceil_div(rank, block), tokens)](
         q_THP, weight_HXC, out_THC, plain, rank, *q_THP.stride()[:2], weight_HXC.stride(0),
         power_of_2(plain), block, overlaps_launches(q_THP.device), **launch_options(q_THP.device, 4, 1),

@@ -104,7 +104,18 @@ def test_new_latents_are_normalized_rotated_and_stored(
     positions = torch.tensor([3, 0, 49, 7, 1], device=device)
     slots = torch.tensor([5, 17, -1, 30, 2], device=device)
     cache = torch.full((3, 16, RANK + ROTATED), torch.nan, device=device, dtype=dtype)
-    turned = store_latents(new, table, positions, slots, cache)
+    plain, matrices = (
+        torch.randn(5, 20, 24, device=device).to(dtype),
+        torch.randn(20, 30, RANK, device=device).to(dtype),
+    )
+    turned, wide = store_latents(new, table, positions, slots, cache, LatentProjections(plain, matrices))
+    assert wide is None, "more than a few tokens have another kernel for that"
+    one = NewLatents(*(each[:1] for each in new[:2]), *new[2:])
+    where = table, positions[:1], slots[:1], torch.zeros_like(cache)
+    _, wide = store_latents(one, *where, LatentProjections(plain[:1], matrices))
+    assert wide is not None
+    expected = torch.einsum("thp,hpc->thc", plain[:1].float(), matrices[:, :24].float())
+    assert relative_error(wide, expected) < tolerance(dtype)
 
     def halves(x: torch.Tensor) -> torch.Tensor:
         return torch.cat([x[..., 0::2], x[..., 1::2]], dim=-1) if is_interleaved else x
