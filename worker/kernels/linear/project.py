@@ -2,7 +2,8 @@
 """The projections of a single decoding row, and the short convolution over those that are its inputs.
 
 A channel of the convolution needs one output of the product and what its row keeps of this channel. So the program that
-has the output computes the convolution too, which saves a kernel per layer. `products/gemv.py` has the product itself.
+has the output computes the convolution too, which saves a kernel per layer. `products/gemv.py` has the product itself,
+and `step.py` says why what a row keeps may be read before the wait.
 """
 
 # K model dim, N outputs of the projections, C channels of the convolution, which are the first outputs, W its inputs
@@ -31,10 +32,11 @@ def _project_kernel(
     mask = (j < W - 1)[:, None] & is_channel[None, :]
     factors = tl.load(conv_ptr + n[None, :] * W + j[:, None], mask=mask, other=0.0).to(tl.float32)
     last = tl.load(conv_ptr + n * W + W - 1, mask=is_channel, other=0.0).to(tl.float32)
+    tail_ptr += tl.load(rows_ptr).to(tl.int64) * tail_stride
+    kept = tl.load(tail_ptr + j[:, None] * C + n[None, :], mask=mask, other=0.0)
     wait_for_inputs(OVERLAP)
     context = tl.load(lens_ptr)
-    tail_ptr += tl.load(rows_ptr).to(tl.int64) * tail_stride
-    kept = tl.load(tail_ptr + j[:, None] * C + n[None, :], mask=mask & (context > 1), other=0.0)
+    kept = tl.where(mask & (context > 1), kept, 0.0)
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for k0 in range(0, K, BLOCK_K):
         ks = k0 + k

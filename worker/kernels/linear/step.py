@@ -3,6 +3,9 @@
 
 One program takes one head of one row. The state is read and written once, and it is all that a step costs: 64 KiB of a
 head of 128 x 128. The rule is in rule.py.
+
+The state is read before the wait for the kernel before. Only the last step, or the copies before this one, can have
+written it, and each step begins with a copy of its rows to the device, which waits for all kernels of the last one.
 """
 
 # R rows, H value heads, K key dim, V value dim
@@ -34,15 +37,16 @@ def _step_kernel(
     value = tl.arange(0, V)
     bias, log_rate = tl.load(bias_ptr + head), tl.load(log_rate_ptr + head)
     norm = tl.load(norm_ptr + value).to(tl.float32)
+    state_ptr += tl.load(rows_ptr + r).to(tl.int64) * state_stride + head * (K * V)
+    places = key[:, None] * V + value[None, :]
+    state = tl.load(state_ptr + places)
     wait_for_inputs(OVERLAP)
     context = tl.load(lens_ptr + r)
     out_ptr += (r * HEADS + head) * V
     if context == 0:  # padding of a graph
         tl.store(out_ptr + value, tl.zeros([V], out_ptr.dtype.element_ty))
         return
-    state_ptr += tl.load(rows_ptr + r).to(tl.int64) * state_stride + head * (K * V)
-    places = key[:, None] * V + value[None, :]
-    state = tl.load(state_ptr + places, mask=(context > 1) & (places >= 0), other=0.0)
+    state = tl.where((context > 1) & (places >= 0), state, 0.0)  # what a new row finds is another's, or NaN
     mixed_ptr += r * mixed_stride
     q = tl.load(mixed_ptr + head // SHARED * K + key).to(tl.float32)
     k = tl.load(mixed_ptr + (KEYS + head // SHARED) * K + key).to(tl.float32)
