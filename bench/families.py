@@ -78,7 +78,7 @@ def fill_caches(runner: ModelRunner) -> None:
 
 def new_rows(rows: int, length: int) -> list[NewRow]:
     """Return rows with random prompts and room for what they decode; nothing computes the prompts by itself."""
-    blocks = -(-(length + 10 * STEPS) // BLOCK)
+    blocks = -(-(length + 6 * STEPS) // BLOCK)
     ids = [torch.randint(3, 1000, (length,), dtype=torch.int32).numpy().tobytes() for _ in range(rows)]
     return [NewRow(r, ids[r], length, [*range(r * blocks, (r + 1) * blocks)], RowSampling()) for r in range(rows)]
 
@@ -87,10 +87,10 @@ def free(runner: ModelRunner) -> None:
     runner.run(StepPlan(0, 0, [*range(MOST_ROWS)], [], [], [], [], [], [], []))
 
 
-def decode_us(runner: ModelRunner, rows: int, context: int) -> list[float]:
+def decode_us(runner: ModelRunner, rows: int, context: int, runs: int = RUNS) -> list[float]:
     """Return the microseconds per step of several runs."""
     decode(runner, rows, context + 2, 10)
-    return [decode(runner, rows, context + 16, STEPS)[0] for _ in range(RUNS)]
+    return [decode(runner, rows, context + 16, STEPS)[0] for _ in range(runs)]
 
 
 def measure_decoding(runner: ModelRunner, facts: ModelFacts, rows: int, report: Report, top: int) -> None:
@@ -115,7 +115,7 @@ def measure_contexts(runner: ModelRunner, contexts: Sequence[int], report: Repor
     runner.run(StepPlan(0, 0, [], new_rows(MANY, max(contexts)), [], [], [], [], [], []))
     medians = []
     for context in contexts:
-        us = decode_us(runner, MANY, context - STEPS)
+        us = decode_us(runner, MANY, context - STEPS, 3)
         medians.append(statistics.median(us))
         report.add(make_row("decode step", MANY, context, "us", us))
     ratios = ", ".join(f"{each / medians[0]:.2f}" for each in medians)
@@ -162,7 +162,7 @@ def main() -> None:
         config |= {"num_hidden_layers": arguments.layers}
         config |= {"layer_types": config["layer_types"][: arguments.layers]} if "layer_types" in config else {}  # type: ignore[index]
     longest = max([CONTEXT, *arguments.contexts, *(length for _, length in prefill)])
-    room = 10 * STEPS + BLOCK
+    room = 7 * STEPS + BLOCK
     needed = [
         max(arguments.rows, default=1) * (CONTEXT + room),
         *(MANY * (context + room) for context in arguments.contexts),

@@ -12,6 +12,7 @@ Rows that decode have one token each. In a prompt every token is a row of its ow
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,17 +20,23 @@ from torch import Tensor
 from mgpu.worker.kernels.attention.attend import combine
 from mgpu.worker.kernels.attention.inputs import LOG2_E, LatentRows
 from mgpu.worker.kernels.runtime import (
+    HOPPER_SHARED_BYTES,
     HOPPER_SMS,
     Workspace,
     default_workspace,
     launch_options,
     overlaps_launches,
     power_of_2,
+    shared_bytes,
     wait_for_inputs,
 )
 
 MOST_HEADS = 16
 """Of one tile. Their sums fill the registers of a program where latents have 512 components."""
+
+
+_LARGE_TILES_BYTES = 180 << 10
+"""Shared memory from which on two tiles of 64 of DeepSeek's latents fit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +45,9 @@ class LatentRowTiling:
 
     block_n: int
     """Tokens per step of a program."""
-    stretch: int = 128
+    stretch: int
     """Fewest tokens worth a program of their own, a multiple of ``block_n``."""
-    num_warps: int = 4
+    num_warps: int = 8
     num_stages: int = 2
 
 
@@ -131,6 +138,13 @@ def heads_of_tile(num_q: int) -> int:
     return max(group for group in range(1, MOST_HEADS + 1) if num_q % group == 0)
 
 
+def choose_tiling(dtype: torch.dtype, shared: int = HOPPER_SHARED_BYTES) -> LatentRowTiling:
+    """Pick tiles that fit into ``shared`` bytes. Float32 is for correctness, so its tiles are merely small."""
+    if dtype.itemsize > 2:
+        return LatentRowTiling(16, 128, num_warps=4)
+    return LatentRowTiling(64, 64) if shared >= _LARGE_TILES_BYTES else LatentRowTiling(32, 64)
+
+
 def choose_splits(pairs: int) -> int:
     """Return the most programs of one tile of heads, by the size of the batch alone, so that graphs stay valid."""
     splits = 1
@@ -165,7 +179,7 @@ def latent_attention(
     slots = pairs * splits
     if splits > 1:
         workspace.require(slots * group * (rank + 2), pairs)
-    tiling = tiling or LatentRowTiling(16 if cache_NBK.dtype.itemsize > 2 else 32)
+    tiling = tiling or choose_tiling(cache_NBK.dtype, shared_bytes(device))
     _latent_kernel[(num_q // group, splits, tokens)](
         q_THC, rotated_THK, cache_NBK, rows.tables_RP, rows.lens, rows.owners_T, out_THC, workspace.partials,
         workspace.counters,

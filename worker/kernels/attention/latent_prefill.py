@@ -33,8 +33,8 @@ from mgpu.worker.kernels.runtime import (
     wait_for_inputs,
 )
 
-_LARGE_TILES_BYTES = 140 << 10
-"""Shared memory from which on large tiles of DeepSeek's heads fit."""
+_LARGE_TILES_BYTES, _THREE_STAGES_BYTES = 140 << 10, 180 << 10
+"""Shared memory from which on large tiles of DeepSeek's heads fit, two or three at once."""
 
 
 class ContextPiece(NamedTuple):
@@ -195,7 +195,9 @@ def choose_tiling(dtype: torch.dtype, shared: int = HOPPER_SHARED_BYTES) -> Late
     """Pick tiles that fit into ``shared`` bytes. Float32 is for correctness, so its tiles are merely small."""
     if dtype.itemsize > 2:
         return LatentTiling(32, 16, 4, 2)
-    return LatentTiling(128, 64, 8, 2) if shared >= _LARGE_TILES_BYTES else LatentTiling(64, 32, 4, 2)
+    if shared < _LARGE_TILES_BYTES:
+        return LatentTiling(64, 32, 4, 2)
+    return LatentTiling(128, 64, 8, 3 if shared >= _THREE_STAGES_BYTES else 2)
 
 
 def latent_prefill(

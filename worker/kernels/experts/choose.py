@@ -10,7 +10,7 @@ from torch import Tensor
 from mgpu.protocol.model.expert_facts import Clamp
 from mgpu.protocol.model.facts import Activation
 from mgpu.worker.kernels.experts.combine import PairRows
-from mgpu.worker.kernels.experts.few import SharedNetwork, few_tokens
+from mgpu.worker.kernels.experts.few import SharedHalf, SharedNetwork, few_tokens
 from mgpu.worker.kernels.experts.grouped import GroupedTiling, grouped_down, grouped_gate_up
 from mgpu.worker.kernels.experts.grouped_packed import PackedTiling, grouped_packed
 from mgpu.worker.kernels.experts.grouped_scaled import flat_stack, grouped_scaled
@@ -89,8 +89,12 @@ def choose_tiles(pairs_per_expert: float, dtype: torch.dtype) -> Tiles:
 def sparse_mlp(x_TD: Tensor, router: RouterWeights, stacks: ExpertStacks) -> Tensor | PairRows:
     """Return this rank's part of the weighted sum over each token's experts, [T, D], or the rows to be added up."""
     if len(x_TD) <= FEW_TOKENS:
-        routing = route_few(x_TD, router.weight_ED, router.active, router.normalizes, router.bias_E)
-        return routed_experts(x_TD, stacks, routing)
+        half = None
+        if stacks.shared is not None and stacks.includes_shared(len(x_TD)):
+            out_TS = torch.empty(len(x_TD), stacks.shared.down.shape[1], dtype=x_TD.dtype, device=x_TD.device)
+            half = SharedHalf(stacks.shared, GATES[stacks.activation], out_TS)
+        routing = route_few(x_TD, router.weight_ED, router.active, router.normalizes, router.bias_E, half)
+        return routed_experts(x_TD, stacks, routing, None if half is None else half.out_TS)
     if len(x_TD) > PACKED_TOKENS:
         stacks = replace(stacks, gate_up=_dense(stacks.gate_up, x_TD.dtype), down=_dense(stacks.down, x_TD.dtype))
     choice = Choice(router.active, router.normalizes, router.bias_E, stacks.first, stacks.count)
@@ -99,12 +103,17 @@ def sparse_mlp(x_TD: Tensor, router: RouterWeights, stacks: ExpertStacks) -> Ten
     return _grouped(x_TD, stacks, routing, pairs, tiles)
 
 
-def routed_experts(x_TD: Tensor, stacks: ExpertStacks, routing: tuple[Tensor, Tensor]) -> Tensor | PairRows:
-    """Return the weighted sum over experts that are chosen already, or the rows to be added up."""
+def routed_experts(
+    x_TD: Tensor, stacks: ExpertStacks, routing: tuple[Tensor, Tensor], shared_TS: Tensor | None = None
+) -> Tensor | PairRows:
+    """Return the weighted sum over experts that are chosen already, or the rows to be added up.
+
+    ``shared_TS``: the first half of the shared network's output, if there is one and it is computed already.
+    """
     if len(x_TD) <= FEW_TOKENS and isinstance(stacks.gate_up, Tensor):
         assert isinstance(stacks.down, Tensor), "no stack is packed"
         matrices, gate = (stacks.gate_up, stacks.down), GATES[stacks.activation]
-        return few_tokens(x_TD, *matrices, routing, stacks.first, gate, shared=stacks.shared)
+        return few_tokens(x_TD, *matrices, routing, stacks.first, gate, shared=stacks.shared, shared_TS=shared_TS)
     tiles = _tiles(routing[0].numel(), stacks, x_TD.dtype)
     pairs = sort_pairs(routing[0], stacks.first, stacks.count, tiles.block_m)
     return _grouped(x_TD, stacks, routing, pairs, tiles)

@@ -11,6 +11,7 @@ programs of the first kernel, and added in the second: alone it would take three
 # S width of the shared network on this rank
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -46,17 +47,26 @@ class SharedNetwork:
     """Its product with a token is the logit of what the token takes of the network's output; None: all."""
 
 
+class SharedHalf(NamedTuple):
+    """The first half of a shared network, for another kernel to compute on its way."""
+
+    network: SharedNetwork
+    gate: int
+    out_TS: Tensor
+    """Where act(gate) * up goes, times what a token takes of it."""
+
+
 @triton.jit
-def _rows_in_turn(width, ROWS: tl.constexpr):
-    """Return this program's rows of a matrix that stacks gate and up: both in turn; those past the last repeat it."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+def _rows_in_turn(part, width, ROWS: tl.constexpr):
+    """Return a program's rows of a matrix that stacks gate and up: both in turn; those past the last repeat it."""
+    row = part * ROWS + tl.arange(0, ROWS)
     return tl.minimum(row // 2, width - 1) + row % 2 * width
 
 
 @triton.jit
-def _store_gated(sums, h_ptr, width, GATE: tl.constexpr, ROWS: tl.constexpr, share):
+def _store_gated(sums, h_ptr, part, width, GATE: tl.constexpr, ROWS: tl.constexpr, share):
     gate, up = tl.split(tl.reshape(sums, [ROWS // 2, 2]))
-    f = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
+    f = part * (ROWS // 2) + tl.arange(0, ROWS // 2)
     tl.store(h_ptr + f, (gated(gate, up, GATE) * share).to(h_ptr.dtype.element_ty), mask=f < width)
 
 
@@ -64,7 +74,8 @@ def _store_gated(sums, h_ptr, width, GATE: tl.constexpr, ROWS: tl.constexpr, sha
 def _expert_rows(
     x_ptr, w_ptr, h_ptr, expert, F, K, GATE: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    rows_ptr = w_ptr + (expert.to(tl.int64) * 2 * F + _rows_in_turn(F, ROWS))[:, None] * K
+    part = tl.program_id(0)
+    rows_ptr = w_ptr + (expert.to(tl.int64) * 2 * F + _rows_in_turn(part, F, ROWS))[:, None] * K
     k = tl.arange(0, BLOCK_K)
     acc = tl.zeros([ROWS, BLOCK_K], tl.float32)
     for k0 in range(0, K, BLOCK_K):
@@ -72,14 +83,15 @@ def _expert_rows(
         w = tl.load(rows_ptr + ks[None, :], mask=(ks < K)[None, :], other=0.0)
         x = tl.load(x_ptr + ks, mask=ks < K, other=0.0)
         acc += w.to(tl.float32) * x.to(tl.float32)[None, :]
-    _store_gated(tl.sum(acc, 1), h_ptr, F, GATE, ROWS, 1.0)
+    _store_gated(tl.sum(acc, 1), h_ptr, part, F, GATE, ROWS, 1.0)
 
 
 @triton.jit
-def _shared_rows(
-    x_ptr, w_ptr, share_ptr, h_ptr, S, K, GATE: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr
+def shared_rows(
+    x_ptr, w_ptr, share_ptr, h_ptr, part, S, K, GATE: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    rows_ptr = w_ptr + _rows_in_turn(S, ROWS).to(tl.int64)[:, None] * K
+    """Compute outputs of the first half of the shared network, times a token's share: ROWS / 2 from ``part`` on."""
+    rows_ptr = w_ptr + _rows_in_turn(part, S, ROWS).to(tl.int64)[:, None] * K
     k = tl.arange(0, BLOCK_K)
     acc = tl.zeros([ROWS, BLOCK_K], tl.float32)
     logit = tl.zeros([BLOCK_K], tl.float32)
@@ -93,27 +105,29 @@ def _shared_rows(
     share = 1.0
     if share_ptr is not None:
         share = tl.sigmoid(tl.sum(logit, 0))
-    _store_gated(tl.sum(acc, 1), h_ptr, S, GATE, ROWS, share)
+    _store_gated(tl.sum(acc, 1), h_ptr, part, S, GATE, ROWS, share)
 
 
-@triton.jit(do_not_specialize=["first_expert", "T"])
+@triton.jit(do_not_specialize=["first_expert", "T", "pieces"])
 def _gate_up_kernel(
     x_ptr, w_ptr, experts_ptr, h_ptr, shared_ptr, share_ptr, shared_h_ptr,
-    first_expert, T, N, F, S, K, x_stride,
+    first_expert, T, pieces, N, F, S, K, x_stride,
     A: tl.constexpr, GATE: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    first_row = tl.program_id(0) * ROWS
     pair = tl.program_id(1)
     wait_for_inputs(OVERLAP)
     if shared_ptr is not None:
-        pair -= T  # the first programs have the shared network
-        if (pair < 0) & (first_row < 2 * S):
-            token = (pair + T).to(tl.int64)
-            _shared_rows(
-                x_ptr + token * x_stride, shared_ptr, share_ptr, shared_h_ptr + token * S, S, K, GATE, ROWS, BLOCK_K
-            )
+        # The first programs have the shared network, in pieces as wide as an expert.
+        part = pair % pieces * tl.num_programs(0) + tl.program_id(0)
+        token = (pair // pieces).to(tl.int64)
+        if (token < T) & (part * ROWS < 2 * S):
+            shared_rows(
+                x_ptr + token * x_stride, shared_ptr, share_ptr, shared_h_ptr + token * S, part, S, K, GATE, ROWS,
+                BLOCK_K,
+            )  # fmt: skip
+        pair -= T * pieces
     expert = tl.load(experts_ptr + pair, mask=pair >= 0, other=-1) - first_expert
-    if (pair >= 0) & (expert >= 0) & (expert < N) & (first_row < 2 * F):
+    if (pair >= 0) & (expert >= 0) & (expert < N):
         token = (pair // A).to(tl.int64)
         _expert_rows(x_ptr + token * x_stride, w_ptr, h_ptr + pair.to(tl.int64) * F, expert, F, K, GATE, ROWS, BLOCK_K)
 
@@ -165,31 +179,33 @@ def few_tokens(
     gate: int,
     tiling: FewTiling = FewTiling(),
     shared: SharedNetwork | None = None,
+    shared_TS: Tensor | None = None,
 ) -> Tensor:
     """Return the weighted sum over each token's experts, and the shared network's output, [T, D].
 
-    Experts of other ranks are left out.
+    Experts of other ranks are left out. ``shared_TS``: what the first half of the shared network has made of the
+    tokens, if another kernel has computed it.
     """
     experts_TA, weights_TA = routing
     tokens, dim = x_TD.shape
     count, width, active = len(down_NDF), down_NDF.shape[2], experts_TA.shape[1]
     overlap = overlaps_launches(x_TD.device)
     h = torch.empty(tokens * active, width, dtype=x_TD.dtype, device=x_TD.device)
-    shared_h, shared_width = None, 0
-    if shared is not None:
-        shared_width = shared.down.shape[1]
-        shared_h = torch.empty(tokens, shared_width, dtype=x_TD.dtype, device=x_TD.device)
-    rows, pairs = 2 * max(width, shared_width), tokens * (active + (shared is not None))
-    _gate_up_kernel[(ceil_div(rows, tiling.gate_rows), pairs)](
-        x_TD, gate_up_NFD, experts_TA, h,
-        None if shared is None else shared.gate_up, None if shared is None else shared.share_D, shared_h,
-        first_expert, tokens, count, width, shared_width, dim, x_TD.stride(0),
+    shared_width = 0 if shared is None else shared.down.shape[1]
+    programs, pieces = ceil_div(2 * width, tiling.gate_rows), 0
+    to_compute: tuple[Tensor | None, ...] = (None, None, None)
+    if shared is not None and shared_TS is None:
+        shared_TS = torch.empty(tokens, shared_width, dtype=x_TD.dtype, device=x_TD.device)
+        to_compute, pieces = (shared.gate_up, shared.share_D, shared_TS), ceil_div(shared_width, width)
+    _gate_up_kernel[(programs, tokens * (active + pieces))](
+        x_TD, gate_up_NFD, experts_TA, h, *to_compute,
+        first_expert, tokens, pieces, count, width, shared_width, dim, x_TD.stride(0),
         active, gate, tiling.gate_rows, min(tiling.gate_k, power_of_2(dim)), overlap,
         **launch_options(x_TD.device, tiling.gate_warps, 1),
     )  # fmt: skip
     y_TD = torch.empty(tokens, dim, dtype=x_TD.dtype, device=x_TD.device)
     _down_kernel[(ceil_div(dim, tiling.down_rows), tokens)](
-        h, down_NDF, experts_TA, weights_TA, shared_h, None if shared is None else shared.down, y_TD,
+        h, down_NDF, experts_TA, weights_TA, shared_TS, None if shared is None else shared.down, y_TD,
         first_expert, count, width, shared_width, dim,
         active, power_of_2(active), tiling.down_rows, min(tiling.down_k, power_of_2(width)), overlap,
         **launch_options(x_TD.device, tiling.down_warps, 1),

@@ -1,6 +1,8 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
 """Choose the experts of a few tokens, in one kernel: a program scores one expert, the last of a token chooses.
 
+Meanwhile further programs compute the first half of the network that all tokens share: it waits for no choice.
+
 `route_and_sort.py` has what more tokens take.
 """
 
@@ -11,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mgpu.worker.kernels.experts.few import FewTiling, SharedHalf, shared_rows
 from mgpu.worker.kernels.runtime import (
+    ceil_div,
     default_workspace,
     launch_options,
     overlaps_launches,
@@ -44,13 +48,19 @@ def best_of(scores, e, A: tl.constexpr, A_PAD: tl.constexpr, NORMALIZES: tl.cons
 
 @triton.jit
 def _few_kernel(
-    x_ptr, w_ptr, bias_ptr, experts_ptr, weights_ptr, scores_ptr, counter_ptr,
-    K, E, x_stride, w_stride,
-    A: tl.constexpr, A_PAD: tl.constexpr, E_PAD: tl.constexpr, NORMALIZES: tl.constexpr,
-    BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
+    x_ptr, w_ptr, bias_ptr, experts_ptr, weights_ptr, scores_ptr, counter_ptr, shared_ptr, share_ptr, shared_h_ptr,
+    K, E, S, x_stride, w_stride,
+    A: tl.constexpr, A_PAD: tl.constexpr, E_PAD: tl.constexpr, NORMALIZES: tl.constexpr, GATE: tl.constexpr,
+    ROWS: tl.constexpr, SHARED_K: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(0)
     token = tl.program_id(1)
+    if shared_ptr is not None and expert >= E:
+        wait_for_inputs(OVERLAP)
+        x_ptr += token.to(tl.int64) * x_stride
+        shared_h_ptr += token.to(tl.int64) * S
+        shared_rows(x_ptr, shared_ptr, share_ptr, shared_h_ptr, expert - E, S, K, GATE, ROWS, SHARED_K)
+        return
     k = tl.arange(0, BLOCK_K)
     w_ptr += expert * w_stride
     w = tl.load(w_ptr + k, mask=k < K, other=0.0)  # weights depend on no kernel
@@ -78,20 +88,34 @@ def _few_kernel(
 
 
 def route_few(
-    x_TK: Tensor, w_EK: Tensor, active: int, normalizes: bool, bias_E: Tensor | None = None
+    x_TK: Tensor,
+    w_EK: Tensor,
+    active: int,
+    normalizes: bool,
+    bias_E: Tensor | None = None,
+    half: SharedHalf | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the experts int32 [T, A] of each token, best first, and their weights float32 [T, A]."""
+    """Return the experts int32 [T, A] of each token, best first, and their weights float32 [T, A].
+
+    With ``half`` also compute the first half of the shared network.
+    """
     tokens, k = x_TK.shape
     count, device = len(w_EK), x_TK.device
     experts = torch.empty(tokens, active, dtype=torch.int32, device=device)
     weights = torch.empty(tokens, active, dtype=torch.float32, device=device)
     workspace = default_workspace(device)
     workspace.require(tokens * power_of_2(count), tokens)
-    _few_kernel[(count, tokens)](
-        x_TK, w_EK, bias_E, experts, weights, workspace.partials, workspace.counters,
-        k, count, x_TK.stride(0), w_EK.stride(0),
-        active, power_of_2(active), power_of_2(count), normalizes,
-        min(2048, power_of_2(k)), overlaps_launches(device),
+    tiling, parts, width, gate = FewTiling(), 0, 0, 0
+    to_compute: tuple[Tensor | None, ...] = (None, None, None)
+    if half is not None:
+        width, gate = half.out_TS.shape[1], half.gate
+        parts = ceil_div(2 * width, tiling.gate_rows)
+        to_compute = half.network.gate_up, half.network.share_D, half.out_TS
+    _few_kernel[(count + parts, tokens)](
+        x_TK, w_EK, bias_E, experts, weights, workspace.partials, workspace.counters, *to_compute,
+        k, count, width, x_TK.stride(0), w_EK.stride(0),
+        active, power_of_2(active), power_of_2(count), normalizes, gate,
+        tiling.gate_rows, min(tiling.gate_k, power_of_2(k)), min(2048, power_of_2(k)), overlaps_launches(device),
         **launch_options(device, 1, 1),
     )  # fmt: skip
     return experts, weights

@@ -246,6 +246,19 @@ def test_few_tokens_take_what_they_share_along(
     assert relative_error(got, reference_experts(x, gate_up, down, routing, first) + of_all) < 2 * tolerance(dtype)
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_layer_computes_what_tokens_share_while_it_chooses(device: torch.device, tokens: int) -> None:
+    x, gate_up, down, _ = case(device, tokens, (24, 12, 6, 2), torch.float32, 0, 6)
+    _, both, shared_down, _ = case(device, tokens, (24, 30, 1, 1), torch.float32, 0, 1)
+    w, share = draw(6, 24, device=device), draw(1, 24, device=device)
+    stacks = ExpertStacks(gate_up, down, 0, "silu", SharedNetwork(both[0], shared_down[0], share))
+    got = summed_tensor(sparse_mlp(x, RouterWeights(w, 2, True), stacks))
+    routing = reference_routing(F.linear(x, w), 2, True)
+    everyone = torch.zeros_like(routing[0][:, :1]), (x @ share.T).sigmoid()
+    of_all = reference_experts(x, both, shared_down, everyone, 0)
+    assert relative_error(got, reference_experts(x, gate_up, down, routing, 0) + of_all) < 1e-5
+
+
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_a_whole_layer_chooses_and_computes(device: torch.device, tokens: int) -> None:
     x, gate_up, down, _ = case(device, tokens, (24, 12, 6, 2), torch.float32, 0, 6)
