@@ -41,6 +41,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--budget", type=float, default=3600.0, help="seconds after which nothing new is begun")
     parser.add_argument("--at-once", type=int, default=1, metavar="N", help="servers side by side where tokens count")
+    parser.add_argument("--cases", default="", metavar="REGEX", help="compare tokens of these layouts only")
     parser.add_argument("--rehearse", action="store_true", help="CPU workers and small models; no verdicts on speed")
     parser.add_argument("--devices", type=int, default=4, help="how many CPU workers to rehearse with")
     parser.add_argument("--share", type=int, default=0, metavar="N", help="N workers that share the GPUs")
@@ -66,7 +67,7 @@ def sections(box: Box, report: Report, folder: Path, arguments: argparse.Namespa
 
     return {
         "all-reduce": lambda: multi_gpu_all_reduce.run(box, report),
-        "tokens": lambda: multi_gpu_tokens.run(box, report, folder / "tokens", arguments.at_once),
+        "tokens": lambda: multi_gpu_tokens.run(box, report, folder / "tokens", arguments.at_once, arguments.cases),
         "speed": speed,
         "faults": lambda: multi_gpu_faults.run(box, report, folder / "faults"),
     }

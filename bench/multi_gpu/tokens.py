@@ -173,15 +173,19 @@ def differing(expected: list[list[int]], found: list[list[int]]) -> list[str]:
     return texts
 
 
-def run(box: Box, report: Report, folder: Path, at_once: int = 1) -> None:
-    """Compare every layout with one device, ``at_once`` servers side by side; then ask for what must be refused."""
+def run(box: Box, report: Report, folder: Path, at_once: int = 1, pattern: str = "") -> None:
+    """Compare every layout with one device, ``at_once`` servers side by side; then ask for what must be refused.
+
+    Only cases whose name has ``pattern``, a regular expression, are compared.
+    """
     models = {
         "own KV heads": write_weights(folder / "own", TINY),
         "2 KV heads": write_weights(folder / "few", TINY_FEW_KV),
     }
     if box.size < 2:
         report.skip(SECTION, "every layout", "one device: nothing to compare")
-    chosen = [*cases(box), *sum_cases(box), *unequal_cases(box)] if box.size >= 2 else []
+    every = [*cases(box), *sum_cases(box), *unequal_cases(box)] if box.size >= 2 else []
+    chosen = [case for case in every if re.search(pattern, case.what)]
     with ThreadPoolExecutor(at_once) as pool:
         expected = {
             name: pool.submit(greedy_tokens, box.first(1), models[name])
