@@ -17,6 +17,8 @@ SECTION = "tokens"
 LAYERS = 8
 NEW_TOKENS = 24
 PROMPTS = [[3 + (37 * i + 11 * n) % 997 for i in range(length)] for n, length in enumerate((1, 3, 20, 65, 300))]
+ALONE = 2
+"""The prompt that is asked alone, too."""
 FP32 = ("--dtype", "float32", "--kv-memory", "64MiB", "--max-seq-len", "1024")
 NO_NCCL = {"MGPU_NO_NCCL": "1"}
 NO_P2P = {"MGPU_NO_NCCL": "1", "MGPU_NO_P2P": "1"}
@@ -140,12 +142,17 @@ def subset_cases(box: Box) -> Iterator[Case]:
 
 
 def greedy_tokens(place: Place, model: Path, case: Case | None = None) -> list[list[int]]:
-    """Serve a model and give the greedy continuations of all prompts, asked at once."""
+    """Serve a model and give the greedy continuations of all prompts, asked at once, then that of one asked alone.
+
+    Steps of one row have kernels of their own.
+    """
     arguments, environ = (case.options(model.parent), case.environ) if case else ((), {})
     server = serving(place, model, *FP32, *arguments, environ=environ)
     with server, Client(server.wait_ready(START_S), silence_timeout_s=60.0) as client:
         streams = [client.stream(ids, max_tokens=NEW_TOKENS, ignore_eos=True) for ids in PROMPTS]
-        return [list(stream.completion().token_ids) for stream in streams]
+        found = [list(stream.completion().token_ids) for stream in streams]
+        alone = client.stream(PROMPTS[ALONE], max_tokens=2 * NEW_TOKENS, ignore_eos=True)
+        return [*found, list(alone.completion().token_ids)]
 
 
 def layout_problems(box: Box, case: Case, model: Path) -> list[str]:
@@ -166,7 +173,7 @@ def layout_problems(box: Box, case: Case, model: Path) -> list[str]:
 def differing(expected: list[list[int]], found: list[list[int]]) -> list[str]:
     """Name the prompts whose tokens differ, and from which token on."""
     texts = []
-    for prompt, one, other in zip(PROMPTS, expected, found, strict=True):
+    for prompt, one, other in zip([*PROMPTS, PROMPTS[ALONE]], expected, found, strict=True):
         if one != other:
             same = next((i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), len(other))
             texts.append(f"prompt of {len(prompt)}: token {same}")
