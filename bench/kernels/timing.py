@@ -125,6 +125,7 @@ KERNEL_MODULES = tuple(
         "products.dequantize",
         "peers.exchange",
         "experts.choose_in_groups",
+        "layers.embed",
         "experts.few",
         "experts.grouped",
         "experts.grouped_packed",

@@ -13,7 +13,7 @@ from torch import Tensor
 from mgpu.protocol.model.placement import TensorPart
 from mgpu.protocol.model.weight_format import DENSE, WeightFormat
 from mgpu.worker.layers.module import Module
-from mgpu.worker.layers.products.choose import dense_product, packed_head_product, packed_rows
+from mgpu.worker.layers.products.choose import dense_product, embed_kernel, packed_head_product, packed_rows
 from mgpu.worker.layers.products.cpu_matmul import pack
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.quantization.packing import PackedWeight
@@ -46,6 +46,7 @@ class VocabParallel(Module):
         self.num_valid = max(0, min(rows, vocab_size - self.start))
         self.packed_head: Tensor | None = None
         self._multiply = dense_product(device)
+        self._embed_rows = embed_kernel(device)
         self._form, self._shape = form, (rows, hidden_size)
         self.packed: PackedWeight | None = None
         """The rows as a GGUF file has them; ``weight`` is empty then."""
@@ -62,11 +63,17 @@ class VocabParallel(Module):
         """Look the tokens up: each rank has its own rows and zeros elsewhere; the sum over ranks is the embedding."""
         if self.group.size == 1:
             return self._look_up(token_ids_T)
+        return self.group.all_reduce(self._look_up_own(token_ids_T))
+
+    def _look_up_own(self, token_ids_T: Tensor) -> Tensor:
+        """Return this rank's rows, and zeros for the tokens of other ranks."""
+        if self.packed is None and self._embed_rows is not None:
+            return self._embed_rows(token_ids_T, self.weight, self.start, self.num_valid)
         local_T = token_ids_T - self.start
         is_mine_T = (local_T >= 0) & (local_T < self.num_valid)
         x_TD = self._look_up(local_T.where(is_mine_T, 0))
         # where, not a product: the row that stands in for a foreign token may hold anything.
-        return self.group.all_reduce(x_TD.where(is_mine_T.unsqueeze(1), 0.0))
+        return x_TD.where(is_mine_T.unsqueeze(1), 0.0)
 
     def _look_up(self, rows_T: Tensor) -> Tensor:
         """Return some of this rank's rows."""

@@ -85,6 +85,15 @@ def quantized_matmul(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None =
     return y_TO
 
 
+def embed_kernel(device: torch.device) -> Callable[[Tensor, Tensor, int, int], Tensor] | None:
+    """Return the kernel that looks tokens up in a slice of an embedding; None: torch does that in several steps."""
+    if not uses_kernels(device):
+        return None
+    from mgpu.worker.kernels.layers.embed import embed_rows
+
+    return embed_rows
+
+
 def multiplies_float8(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether products of many rows with fp8 weights are float8 products there (W8A8)."""
     if dtype != torch.bfloat16 or not uses_kernels(device):
