@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mgpu.worker.kernels.experts.gate import gated
-from mgpu.worker.kernels.experts.sort import SortedPairs
+from mgpu.worker.kernels.experts.sort import SortedPairs, tile_rows
 from mgpu.worker.kernels.runtime import (
     INTERPRETED,
     ceil_div,
@@ -84,7 +84,7 @@ def _grouped_kernel(
     x_ptr, w, out_ptr, order_ptr, tiles_ptr, num_tiles_ptr, weights_ptr,
     N, K, blocks_n, x_stride,
     A: tl.constexpr, GATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    NARROW: tl.constexpr, BULK: tl.constexpr, HAS_GAPS: tl.constexpr, OVERLAP: tl.constexpr,
+    NARROW: tl.constexpr, BULK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     FACTOR: tl.constexpr = 2 if GATE > 0 else 1
     tile = tl.program_id(0) // blocks_n
@@ -92,14 +92,10 @@ def _grouped_kernel(
     wait_for_inputs(OVERLAP)
     if tile >= tl.load(num_tiles_ptr):
         return
-    expert = tl.load(tiles_ptr + 4 * tile)
-    row = tl.load(tiles_ptr + 4 * tile + 1) + tl.arange(0, BLOCK_M)
-    is_row = row < tl.load(tiles_ptr + 4 * tile + 2)
-    pair = tl.load(order_ptr + row, mask=is_row, other=0)
+    expert, row, is_row, pair = tile_rows(tiles_ptr, order_ptr, tile, BLOCK_M)
     n = n0 + tl.arange(0, BLOCK_N)
     # The product with gate and up reads a token's row, that with down the row of the one before.
-    kept = pair if HAS_GAPS else row
-    x_row = (pair // A if GATE > 0 else kept).to(tl.int64) * x_stride
+    x_row = (pair // A if GATE > 0 else row).to(tl.int64) * x_stride
     first = expert * N * FACTOR
     SHAPE_0: tl.constexpr = BLOCK_N if NARROW else BLOCK_M
     SHAPE_1: tl.constexpr = BLOCK_M if NARROW else BLOCK_N
@@ -113,7 +109,7 @@ def _grouped_kernel(
             acc_up = _product(_weights(w, first + N, n, k, N, K, NARROW, BULK), rows, acc_up, NARROW)
     if GATE > 0:
         acc = gated(acc, acc_up, GATE)
-        out_row = kept.to(tl.int64) * N
+        out_row = row.to(tl.int64) * N
     else:
         weight = tl.load(weights_ptr + pair, mask=is_row, other=0.0)
         acc *= weight[None, :] if NARROW else weight[:, None]
@@ -151,7 +147,7 @@ def _launch(
         x, w, out, pairs.order_P, pairs.tiles_M4, pairs.num_tiles, weights_TA,
         n, k, blocks_n, x.stride(0),
         weights_TA.shape[1], gate, pairs.block_m, block_n, block_k,
-        narrow, bulk, pairs.has_gaps, overlaps_launches(x.device),
+        narrow, bulk, overlaps_launches(x.device),
         **launch_options(x.device, tiling.num_warps, tiling.num_stages),
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mgpu.worker.kernels.experts.gate import CLAMPED, clamped_gate, gated
-from mgpu.worker.kernels.experts.sort import SortedPairs
+from mgpu.worker.kernels.experts.sort import SortedPairs, tile_rows
 from mgpu.worker.kernels.layers.arrange import arrange_rows
 from mgpu.worker.kernels.products.widen import KINDS, widen_int4, widen_octets
 from mgpu.worker.kernels.runtime import (
@@ -52,12 +52,12 @@ def _parts(
 
 @triton.jit
 def store_outputs(
-    out_ptr, weights_ptr, acc, acc_up, pair, kept, n, is_row, N, alpha, limit, GATE: tl.constexpr
+    out_ptr, weights_ptr, acc, acc_up, pair, row, n, is_row, N, alpha, limit, GATE: tl.constexpr
 ):  # fmt: skip
     """Store a tile: gated at the places of sorted pairs, else weighted by the router at those of the pairs."""
     if GATE > 0:
         acc = clamped_gate(acc, acc_up, alpha, limit) if GATE == CLAMPED else gated(acc, acc_up, GATE)
-        out_row = kept.to(tl.int64) * N
+        out_row = row.to(tl.int64) * N
     else:
         acc *= tl.load(weights_ptr + pair, mask=is_row, other=0.0)[None, :]
         out_row = pair.to(tl.int64) * N
@@ -70,7 +70,7 @@ def _packed_kernel(
     x_ptr, w_ptr, scale_ptr, out_ptr, order_ptr, tiles_ptr, num_tiles_ptr, weights_ptr,
     N, K, words_per_row, blocks_n, x_stride,
     A: tl.constexpr, GATE: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_K: tl.constexpr, HAS_GAPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_K: tl.constexpr,
     OVERLAP: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) // blocks_n
@@ -80,12 +80,9 @@ def _packed_kernel(
         return
     PARTS: tl.constexpr = 8 if KIND == 2 else 4
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    expert = tl.load(tiles_ptr + 4 * tile).to(tl.int64)
-    row = tl.load(tiles_ptr + 4 * tile + 1) + tl.arange(0, BLOCK_M)
-    is_row = row < tl.load(tiles_ptr + 4 * tile + 2)
-    pair = tl.load(order_ptr + row, mask=is_row, other=0)
-    kept = pair if HAS_GAPS else row
-    x_row = (pair // A if GATE > 0 else kept).to(tl.int64) * x_stride
+    expert, row, is_row, pair = tile_rows(tiles_ptr, order_ptr, tile, BLOCK_M)
+    expert = expert.to(tl.int64)
+    x_row = (pair // A if GATE > 0 else row).to(tl.int64) * x_stride
     groups = tl.cdiv(K, GROUP) if KIND == 2 else 1
     first = expert * N * (2 if GATE > 0 else 1)
     rows = first + tl.minimum(n, N - 1)
@@ -110,7 +107,7 @@ def _packed_kernel(
         acc *= tl.load(scale_ptr + rows)[:, None]
         if GATE > 0:
             acc_up *= tl.load(scale_ptr + rows + N)[:, None]
-    store_outputs(out_ptr, weights_ptr, acc, acc_up, pair, kept, n, is_row, N, 0.0, 0.0, GATE)
+    store_outputs(out_ptr, weights_ptr, acc, acc_up, pair, row, n, is_row, N, 0.0, 0.0, GATE)
 
 
 def grouped_packed(
@@ -130,7 +127,7 @@ def grouped_packed(
         x, stack.words, stack.scales, out, pairs.order_P, pairs.tiles_M4, pairs.num_tiles, weights_TA,
         n, stack.k, words_per_row, blocks_n, x.stride(0),
         weights_TA.shape[1], gate, KINDS[stack.kind], stack.group,
-        pairs.block_m, block_n, is_even, pairs.has_gaps, overlaps_launches(x.device), not INTERPRETED,
+        pairs.block_m, block_n, is_even, overlaps_launches(x.device), not INTERPRETED,
         **launch_options(x.device, tiling.num_warps, tiling.num_stages),
     )  # fmt: skip
     return out

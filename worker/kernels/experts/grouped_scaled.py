@@ -15,7 +15,7 @@ from torch import Tensor
 from mgpu.protocol.model.expert_facts import Clamp
 from mgpu.worker.kernels.experts.gate import CLAMPED
 from mgpu.worker.kernels.experts.grouped_packed import PackedTiling, store_outputs
-from mgpu.worker.kernels.experts.sort import SortedPairs
+from mgpu.worker.kernels.experts.sort import SortedPairs, tile_rows
 from mgpu.worker.kernels.layers.arrange import arrange_rows
 from mgpu.worker.kernels.products.dequantize_scaled import load_scale
 from mgpu.worker.kernels.products.group_parts import (
@@ -111,7 +111,7 @@ def _scaled_kernel(
     tiles_ptr, num_tiles_ptr, weights_ptr,
     N, K, words_per_row, groups, supers, blocks_n, x_stride, alpha, limit,
     A: tl.constexpr, GATE: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, SHARED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr, EVEN_K: tl.constexpr, HAS_GAPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr, EVEN_K: tl.constexpr,
     OVERLAP: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) // blocks_n
@@ -119,12 +119,9 @@ def _scaled_kernel(
     wait_for_inputs(OVERLAP)
     if tile >= tl.load(num_tiles_ptr):
         return
-    expert = tl.load(tiles_ptr + 4 * tile).to(tl.int64)
-    row = tl.load(tiles_ptr + 4 * tile + 1) + tl.arange(0, BLOCK_M)
-    is_row = row < tl.load(tiles_ptr + 4 * tile + 2)
-    pair = tl.load(order_ptr + row, mask=is_row, other=0)
-    kept = pair if HAS_GAPS else row
-    x_row = (pair // A if GATE > 0 else kept).to(tl.int64) * x_stride
+    expert, row, is_row, pair = tile_rows(tiles_ptr, order_ptr, tile, BLOCK_M)
+    expert = expert.to(tl.int64)
+    x_row = (pair // A if GATE > 0 else row).to(tl.int64) * x_stride
     rows = expert * N * (2 if GATE > 0 else 1) + tl.minimum(n, N - 1)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     acc_up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -153,7 +150,7 @@ def _scaled_kernel(
         acc += tl.load(bias_ptr + rows).to(tl.float32)[:, None]
         if GATE > 0:
             acc_up += tl.load(bias_ptr + rows + N).to(tl.float32)[:, None]
-    store_outputs(out_ptr, weights_ptr, acc, acc_up, pair, kept, n, is_row, N, alpha, limit, GATE)
+    store_outputs(out_ptr, weights_ptr, acc, acc_up, pair, row, n, is_row, N, alpha, limit, GATE)
 
 
 def grouped_scaled(
@@ -184,7 +181,7 @@ def grouped_scaled(
         x, flat.words, *given.tensors, bias_NO, out, pairs.order_P, pairs.tiles_M4, pairs.num_tiles, weights_TA,
         n, stack.k, words_per_row, *given.sizes, blocks_n, x.stride(0), *limits,
         weights_TA.shape[1], CLAMPED.value if gate and clamp else gate, *given.constants,
-        pairs.block_m, block_n, words_per_row % WORDS == 0, stack.k == words_per_row * 4, pairs.has_gaps,
+        pairs.block_m, block_n, words_per_row % WORDS == 0, stack.k == words_per_row * 4,
         overlaps_launches(x.device), not INTERPRETED,
         **launch_options(x.device, tiling.num_warps, tiling.num_stages),
     )  # fmt: skip

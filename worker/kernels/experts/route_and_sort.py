@@ -3,10 +3,11 @@
 
 Up to 512 tokens take two kernels. The first has a program for each tile of tokens and stretch of K. The second has one
 for each token: it adds up the scores, chooses, and takes places in the lists of the chosen experts by counting. More
-tokens take two others: one scores, chooses and counts, and one gives each pair its place.
+tokens take one kernel: a program scores and chooses for a tile of tokens, and takes all places that these need in an
+expert's list at once.
 
-The last program of those that count makes the list of tiles. Which pair has which place in an expert's list differs
-from run to run; results do not, since each row of a product is computed by itself.
+Each expert's list has a place for each token. The last program makes the list of tiles. Which pair has which place in
+an expert's list differs from run to run; results do not, since each row of a product is computed by itself.
 """
 
 # T tokens, E experts, A active experts of a token, K model dim, N experts of this rank, M tiles
@@ -33,8 +34,6 @@ MANY_TOKENS = 512
 """Up to so many tokens each is chosen for by a program of its own."""
 _COUNTS = 64
 """Where the counts of experts begin in the workspace's counters."""
-_PLACED = 1024
-"""Pairs that a program gives a place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +70,15 @@ def _scores_kernel(
     tl.store(partial_ptr + places, scores, mask=(t < T)[:, None])
 
 
+@triton.jit
+def _make_tiles(tiles_ptr, num_tiles_ptr, counts_ptr, T, N, block_m, N_PAD: tl.constexpr):
+    """Write the list of tiles once all pairs are counted, and make the counts zero again."""
+    n = tl.arange(0, N_PAD)
+    counts = tl.minimum(tl.load(counts_ptr + n, mask=n < N, other=0, cache_modifier=".cg"), T)
+    tl.store(counts_ptr + n, 0, mask=n < N)
+    write_tiles(tiles_ptr, num_tiles_ptr, n * T, counts, n, block_m)
+
+
 @triton.jit(do_not_specialize=["T", "first_expert", "block_m"])
 def _choose_kernel(
     partial_ptr, bias_ptr, experts_ptr, weights_ptr, order_ptr, tiles_ptr, num_tiles_ptr, counter_ptr, counts_ptr,
@@ -98,35 +106,39 @@ def _choose_kernel(
     tl.store(order_ptr + mine * T + place, token * A + a, mask=is_here & (place < T))
     tl.debug_barrier()  # all threads' stores precede the release below
     if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == T - 1:
-        n = tl.arange(0, N_PAD)
-        counts = tl.minimum(tl.load(counts_ptr + n, mask=n < N, other=0, cache_modifier=".cg"), T)
-        tl.store(counts_ptr + n, 0, mask=n < N)
         tl.store(counter_ptr, 0)
-        write_tiles(tiles_ptr, num_tiles_ptr, n * T, counts, n, block_m)
+        _make_tiles(tiles_ptr, num_tiles_ptr, counts_ptr, T, N, block_m, N_PAD)
 
 
 @triton.jit
 def _best_experts(scores, e, A: tl.constexpr, A_PAD: tl.constexpr, BLOCK_T: tl.constexpr, NORMALIZES: tl.constexpr):
-    """Return what `best_of` returns for each row of scores [BLOCK_T, E]."""
+    """Return what `best_of` returns for each row of scores [BLOCK_T, E], and the rank of each expert, A if not chosen.
+
+    No expert is chosen twice, whatever the scores.
+    """
     a = tl.arange(0, A_PAD)
+    ranks = tl.full([BLOCK_T, scores.shape[1]], A, tl.int32)
     peak = tl.max(scores, 1)
     total = tl.sum(tl.exp(scores - peak[:, None]), 1)
     experts = tl.zeros([BLOCK_T, A_PAD], tl.int32)
     weights = tl.zeros([BLOCK_T, A_PAD], tl.float32)
     for rank in tl.static_range(A):
         best = tl.max(scores, 1)
-        chosen = tl.min(tl.where(scores == best[:, None], e[None, :], scores.shape[1]), 1)
-        scores = tl.where(e[None, :] == chosen[:, None], float("-inf"), scores)
+        is_best = (scores == best[:, None]) & (ranks == A)
+        chosen = tl.min(tl.where(is_best, e[None, :], scores.shape[1]), 1)
+        is_chosen = e[None, :] == chosen[:, None]
+        scores = tl.where(is_chosen, float("-inf"), scores)
+        ranks = tl.where(is_chosen, rank, ranks)
         experts = tl.where(a[None, :] == rank, chosen[:, None], experts)
         weights = tl.where(a[None, :] == rank, tl.exp(best - peak)[:, None], weights)
     if NORMALIZES:
         total = tl.sum(weights, 1)
-    return experts, weights / total[:, None]
+    return experts, weights / total[:, None], ranks
 
 
 @triton.jit(do_not_specialize=["T", "first_expert", "block_m"])
 def _many_kernel(
-    x_ptr, w_ptr, bias_ptr, experts_ptr, weights_ptr, cursors_ptr, tiles_ptr, num_tiles_ptr, counter_ptr, counts_ptr,
+    x_ptr, w_ptr, bias_ptr, experts_ptr, weights_ptr, order_ptr, tiles_ptr, num_tiles_ptr, counter_ptr, counts_ptr,
     T, K, E, x_stride, w_stride, first_expert, N, block_m,
     A: tl.constexpr, A_PAD: tl.constexpr, E_PAD: tl.constexpr, N_PAD: tl.constexpr, NORMALIZES: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
@@ -143,35 +155,23 @@ def _many_kernel(
     if bias_ptr is not None:
         scores += tl.load(bias_ptr + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
     scores = tl.where((e < E)[None, :], scores, float("-inf"))
-    experts, weights = _best_experts(scores, e, A, A_PAD, BLOCK_T, NORMALIZES)
+    experts, weights, ranks = _best_experts(scores, e, A, A_PAD, BLOCK_T, NORMALIZES)
     a = tl.arange(0, A_PAD)
     places = t[:, None] * A + a[None, :]
     is_pair = (t < T)[:, None] & (a < A)[None, :]
     tl.store(experts_ptr + places, experts, mask=is_pair)
     tl.store(weights_ptr + places, weights, mask=is_pair)
-    mine = experts - first_expert
-    tl.atomic_add(counts_ptr + mine, 1, mask=is_pair & (mine >= 0) & (mine < N), sem="relaxed")
+    mine = e - first_expert
+    is_here = (mine >= 0) & (mine < N)
+    is_mine = (t < T)[:, None] & (ranks < A) & is_here[None, :]
+    one = is_mine.to(tl.int32)
+    begin = tl.atomic_add(counts_ptr + mine, tl.sum(one, 0), mask=is_here, sem="relaxed")
+    place = begin[None, :] + tl.cumsum(one, 0) - one
+    tl.store(order_ptr + mine[None, :].to(tl.int64) * T + place, t[:, None] * A + ranks, mask=is_mine)
     tl.debug_barrier()  # all threads' counting precedes the release below
     if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        n = tl.arange(0, N_PAD)
-        counts = tl.load(counts_ptr + n, mask=n < N, other=0, cache_modifier=".cg")
-        tl.store(counts_ptr + n, 0, mask=n < N)
         tl.store(counter_ptr, 0)
-        begins = tl.cumsum(counts, 0) - counts
-        tl.store(cursors_ptr + n, begins, mask=n < N)
-        write_tiles(tiles_ptr, num_tiles_ptr, begins, counts, n, block_m)
-
-
-@triton.jit(do_not_specialize=["pairs", "first_expert"])
-def _place_kernel(
-    experts_ptr, cursors_ptr, order_ptr, pairs, first_expert, N, BLOCK_P: tl.constexpr, OVERLAP: tl.constexpr
-):
-    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    wait_for_inputs(OVERLAP)
-    mine = tl.load(experts_ptr + p, mask=p < pairs, other=-1) - first_expert
-    is_here = (p < pairs) & (mine >= 0) & (mine < N)
-    place = tl.atomic_add(cursors_ptr + mine, 1, mask=is_here, sem="relaxed")
-    tl.store(order_ptr + place, p, mask=is_here)
+        _make_tiles(tiles_ptr, num_tiles_ptr, counts_ptr, T, N, block_m, N_PAD)
 
 
 def route_and_sort(
@@ -179,20 +179,17 @@ def route_and_sort(
 ) -> tuple[tuple[Tensor, Tensor], SortedPairs]:
     """Return the experts int32 [T, A] of each token and their weights float32 [T, A], and this rank's pairs sorted."""
     tokens, device = len(x_TK), x_TK.device
-    pairs, is_few = tokens * choice.active, tokens <= MANY_TOKENS
+    pairs = tokens * choice.active
     tiles = most_tiles(pairs, choice.held, block_m)
     weights = torch.empty(tokens, choice.active, dtype=torch.float32, device=device)
     # One allocation, whose parts begin at multiples of 16 bytes: kernels are compiled anew for any other addresses.
-    places = choice.held * tokens if is_few else pairs
-    lengths = [ceil_div(length, 4) * 4 for length in (pairs, places, 4 * tiles, 1, choice.held)]
+    lengths = [ceil_div(length, 4) * 4 for length in (pairs, choice.held * tokens, 4 * tiles, 1)]
     memory = torch.empty(sum(lengths), dtype=torch.int32, device=device)
-    experts, order, table, number, cursors = memory.split(lengths)
+    experts, order, table, number = memory.split(lengths)
     experts_TA = experts[:pairs].view(tokens, choice.active)
-    found = SortedPairs(order, table.view(tiles, 4), number, block_m, is_few)
-    if is_few:
-        _few_tokens(x_TK, w_EK, choice, experts_TA, weights, found)
-    else:
-        _many_tokens(x_TK, w_EK, choice, experts_TA, weights, found, cursors)
+    found = SortedPairs(order, table.view(tiles, 4), number, block_m)
+    choose = _few_tokens if tokens <= MANY_TOKENS else _many_tokens
+    choose(x_TK, w_EK, choice, experts_TA, weights, found)
     return (experts_TA, weights), found
 
 
@@ -220,13 +217,7 @@ def _few_tokens(
 
 
 def _many_tokens(
-    x_TK: Tensor,
-    w_EK: Tensor,
-    choice: Choice,
-    experts_TA: Tensor,
-    weights_TA: Tensor,
-    found: SortedPairs,
-    cursors_N: Tensor,
+    x_TK: Tensor, w_EK: Tensor, choice: Choice, experts_TA: Tensor, weights_TA: Tensor, found: SortedPairs
 ) -> None:
     (tokens, k), count, device = x_TK.shape, len(w_EK), x_TK.device
     experts_pad, workspace, overlap = max(16, power_of_2(count)), default_workspace(device), overlaps_launches(device)
@@ -234,15 +225,10 @@ def _many_tokens(
     block_t = 64 if experts_pad <= 128 and x_TK.dtype != torch.float32 else 16
     workspace.require(0, _COUNTS + choice.held)
     _many_kernel[(ceil_div(tokens, block_t),)](
-        x_TK, w_EK, choice.bias_E, experts_TA, weights_TA, cursors_N, found.tiles_M4, found.num_tiles,
+        x_TK, w_EK, choice.bias_E, experts_TA, weights_TA, found.order_P, found.tiles_M4, found.num_tiles,
         workspace.counters, workspace.counters[_COUNTS:],
         tokens, k, count, x_TK.stride(0), w_EK.stride(0), choice.first, choice.held, found.block_m,
         choice.active, power_of_2(choice.active), experts_pad, power_of_2(choice.held), choice.normalizes,
         block_t, block_k, overlap,
         **launch_options(device, 4, 3),
-    )  # fmt: skip
-    pairs = experts_TA.numel()
-    _place_kernel[(ceil_div(pairs, _PLACED),)](
-        experts_TA, cursors_N, found.order_P, pairs, choice.first, choice.held, _PLACED, overlap,
-        **launch_options(device, 4, 1),
     )  # fmt: skip

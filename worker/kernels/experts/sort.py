@@ -36,20 +36,19 @@ class SortedPairs(NamedTuple):
     """Pairs in the order of experts, and the tiles that they are cut into."""
 
     order_P: Tensor
-    """int32: the pairs, those of this rank's first expert first. Only this rank's are there."""
+    """int32: this rank's pairs, those of an expert side by side."""
     tiles_M4: Tensor
-    """int32 [M, 4]: expert of this rank, first row, end row. Rows count places of ``order_P``."""
+    """int32 [M, 4]: expert of this rank, first row, end row of the expert, and how far the places of its pairs in
+    ``order_P`` lie behind its rows. Rows are numbered without gaps."""
     num_tiles: Tensor
     """int32, the first of several."""
     block_m: int
-    has_gaps: bool = False
-    """Each expert has as many places as there are tokens. Then what is computed of a pair is kept at the pair's place,
-    not at its place in ``order_P``."""
 
 
 @triton.jit
-def write_tiles(tiles_ptr, num_tiles_ptr, begins, counts, n, block_m):
-    """Write the list of tiles of the experts ``n``, whose rows begin at ``begins``, and its length."""
+def write_tiles(tiles_ptr, num_tiles_ptr, places, counts, n, block_m):
+    """Write the list of tiles of the experts ``n``, whose ``counts`` pairs are at ``places``, and its length."""
+    begins = tl.cumsum(counts, 0) - counts
     tiles = (counts + block_m - 1) // block_m
     firsts = tl.cumsum(tiles, 0) - tiles
     tl.store(num_tiles_ptr, tl.sum(tiles, 0))
@@ -59,6 +58,17 @@ def write_tiles(tiles_ptr, num_tiles_ptr, begins, counts, n, block_m):
         tl.store(entry, n, mask=is_there)
         tl.store(entry + 1, begins + at * block_m, mask=is_there)
         tl.store(entry + 2, begins + counts, mask=is_there)
+        tl.store(entry + 3, places - begins, mask=is_there)
+
+
+@triton.jit
+def tile_rows(tiles_ptr, order_ptr, tile, BLOCK_M: tl.constexpr):
+    """Return the expert of a tile, its rows, which of them are there, and their pairs."""
+    expert = tl.load(tiles_ptr + 4 * tile)
+    row = tl.load(tiles_ptr + 4 * tile + 1) + tl.arange(0, BLOCK_M)
+    is_row = row < tl.load(tiles_ptr + 4 * tile + 2)
+    pair = tl.load(order_ptr + row + tl.load(tiles_ptr + 4 * tile + 3), mask=is_row, other=0)
+    return expert, row, is_row, pair
 
 
 @triton.jit(do_not_specialize=["pairs", "first_expert", "block_m"])

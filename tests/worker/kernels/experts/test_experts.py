@@ -116,9 +116,12 @@ def check_tiles(pairs: SortedPairs, experts_TA: Tensor, first: int, count: int) 
     flat, found = experts_TA.flatten().tolist(), []
     rows = int(pairs.num_tiles[0])
     assert rows <= len(pairs.tiles_M4) == most_tiles(len(flat), count, pairs.block_m)
-    for expert, begin, end, _ in pairs.tiles_M4[:rows].tolist():
-        mine = pairs.order_P[begin : min(end, begin + pairs.block_m)].tolist()
-        assert mine
+    row = 0
+    for expert, begin, end, behind in pairs.tiles_M4[:rows].tolist():
+        last = min(end, begin + pairs.block_m)
+        assert row == begin < last
+        row = last
+        mine = pairs.order_P[begin + behind : last + behind].tolist()
         assert {flat[pair] for pair in mine} == {expert + first}
         found += mine
     assert sorted(found) == [pair for pair, expert in enumerate(flat) if first <= expert < first + count]
@@ -140,9 +143,9 @@ def test_infinite_scores_give_no_expert_more_pairs_than_places(device: torch.dev
     x, w = torch.zeros(tokens, 32, device=device), torch.full((8, 32), -1.0, device=device)
     x[:, 0], w[0, 0] = torch.inf, sign
     _, pairs = route_and_sort(x, w, Choice(2, True, None, 0, 8), 16)
-    for expert, begin, end, _ in pairs.tiles_M4[: int(pairs.num_tiles[0])].tolist():
-        assert expert * tokens == begin < end <= (expert + 1) * tokens
-        assert set(pairs.order_P[begin:end].tolist()) <= set(range(2 * tokens))
+    for expert, begin, end, behind in pairs.tiles_M4[: int(pairs.num_tiles[0])].tolist():
+        assert expert * tokens == begin + behind < end + behind <= (expert + 1) * tokens
+        assert set(pairs.order_P[begin + behind : end + behind].tolist()) <= set(range(2 * tokens))
 
 
 @pytest.mark.parametrize("most", [512, 0])
