@@ -136,9 +136,13 @@ def test_equal_scores_choose_the_first_experts(device: torch.device, tokens: int
         torch.testing.assert_close(weights, torch.full((tokens, 3), 1 / 3, device=device))
 
 
+@pytest.mark.parametrize("most", [512, 0])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_infinite_scores_give_no_expert_more_pairs_than_places(device: torch.device, sign: float) -> None:
-    """An activation that overflows leaves fewer experts above -inf than a token needs: one is then chosen twice."""
+def test_infinite_scores_give_no_expert_more_pairs_than_places(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, sign: float, most: int
+) -> None:
+    """An activation that overflows leaves fewer experts above -inf than a token needs: one may then be chosen twice."""
+    monkeypatch.setattr(route_and_sort_module, "MANY_TOKENS", most)
     tokens = 5
     x, w = torch.zeros(tokens, 32, device=device), torch.full((8, 32), -1.0, device=device)
     x[:, 0], w[0, 0] = torch.inf, sign
