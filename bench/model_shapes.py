@@ -12,13 +12,16 @@ from typing import BinaryIO
 
 import numpy as np
 
-from mgpu.launch.bench.shapes import LLAMA_8B, LLAMA_70B, QWEN3_32B, SMALL, TINY, Config, write_config
+from mgpu.launch.bench.shapes import LLAMA_8B, LLAMA_70B, QWEN3_30B_A3B, QWEN3_32B, SMALL, TINY, Config, write_config
 from mgpu.protocol.checkpoint.files.tensors import TensorEntry
 from mgpu.protocol.checkpoint.read import read_checkpoint
 
 SHAPES = {"8B": LLAMA_8B, "32B": QWEN3_32B, "70B": LLAMA_70B}
 TINY_FEW_KV: Config = {**TINY, "num_key_value_heads": 2}
 """Above 2 ranks, several of them hold the same KV head."""
+_SPARSE: Config = {"num_hidden_layers": 4, "num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 64}
+TINY_EXPERTS: Config = {**QWEN3_30B_A3B, **SMALL, **_SPARSE, "head_dim": 16}
+"""Slices and whole experts go evenly over 1, 2, 4 and 8 ranks."""
 SMALL_SHAPES: dict[str, Config] = {
     "8B": TINY,
     "32B": {**QWEN3_32B, **SMALL, "num_hidden_layers": 8, "head_dim": 16},
@@ -32,6 +35,7 @@ __all__ = [
     "SHAPES",
     "SMALL_SHAPES",
     "TINY",
+    "TINY_EXPERTS",
     "TINY_FEW_KV",
     "Config",
     "write_config",

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bench.model_shapes import TINY, TINY_FEW_KV, write_weights
+from bench.model_shapes import TINY, TINY_EXPERTS, TINY_FEW_KV, write_weights
 from bench.multi_gpu.box import START_S, Box, Place, plan_of, run_command, serving
 from bench.multi_gpu.report import Report
 from mgpu import Client
@@ -59,6 +59,10 @@ def cases(box: Box) -> Iterator[Case]:
         yield replace(tensor_parallel, what=f"TP {size}", transport="nccl")
         if size > 2:
             yield replace(tensor_parallel, what=f"TP {size}, 2 KV heads replicated", model="2 KV heads")
+        experts = replace(tensor_parallel, what=f"TP {size}, slices of experts", model="experts")
+        yield experts
+        whole = (*by_size, "--experts", "parallel")
+        yield replace(experts, what=f"TP {size}, whole experts", arguments=whole)
     yield Case("--tp 2 of all", box.first(box.size), arguments=("--tp", "2"), mode="tensor-parallel")
     yield from mapped_cases(box)
     if box.size >= 4:
@@ -188,6 +192,7 @@ def run(box: Box, report: Report, folder: Path, at_once: int = 1, pattern: str =
     models = {
         "own KV heads": write_weights(folder / "own", TINY),
         "2 KV heads": write_weights(folder / "few", TINY_FEW_KV),
+        "experts": write_weights(folder / "experts", TINY_EXPERTS),
     }
     if box.size < 2:
         report.skip(SECTION, "every layout", "one device: nothing to compare")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.model_shapes import TINY, TINY_FEW_KV, write_config, write_weights
+from bench.model_shapes import TINY, TINY_EXPERTS, TINY_FEW_KV, write_config, write_weights
 from bench.multi_gpu.box import Box
 from bench.multi_gpu.report import Report
 from bench.multi_gpu.tokens import Case, cases, sum_cases, unequal_cases
@@ -14,8 +14,9 @@ from mgpu.orchestrator.placement.machine.devices import Machine, find_machine
 from mgpu.orchestrator.placement.planner import LayoutOptions, Plan, plan
 from mgpu.orchestrator.placement.topology.file import parse_topology
 from mgpu.protocol.checkpoint.read import read_checkpoint
+from mgpu.protocol.model.facts import ExpertSplit
 
-MODELS = {"own KV heads": TINY, "2 KV heads": TINY_FEW_KV}
+MODELS = {"own KV heads": TINY, "2 KV heads": TINY_FEW_KV, "experts": TINY_EXPERTS}
 
 
 def driver(count: int) -> FakeNvml:
@@ -28,7 +29,8 @@ def planned(case: Case, machine: Machine, folder: Path) -> Plan:
     tp = int(typed["--tp"]) if "--tp" in typed else None
     topology = parse_topology(case.topology, "case.yaml") if case.topology else None
     asked = {"device_layers": typed.get("-n"), "tp_shares": typed.get("--tp-shares"), "topology": topology}
-    options = LayoutOptions(tp=tp, **asked, dtype="float32", max_seq_len=1024, kv_memory=64 << 20)
+    split: ExpertSplit | None = "parallel" if typed.get("--experts") == "parallel" else None
+    options = LayoutOptions(tp=tp, **asked, experts=split, dtype="float32", max_seq_len=1024, kv_memory=64 << 20)
     facts = read_checkpoint(write_config(folder, MODELS[case.model]), "dummy").facts
     return plan(facts, machine, options)
 
@@ -48,6 +50,7 @@ def test_every_case_has_the_layout_that_it_is_about(count: int, tmp_path: Path) 
         assert case.transport in ("", found.layout.transport), case.what
         assert case.stage_transport in ("", found.layout.stage_transport), case.what
         assert case.uuids in ((), tuple(row.device.uuid for row in found.rows)), case.what
+        assert (found.layout.expert_split == "parallel") == ("--experts" in case.arguments), case.what
 
 
 def test_workers_that_share_a_gpu_have_the_same_kinds_of_layout(tmp_path: Path) -> None:
