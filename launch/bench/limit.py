@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.placement.planner import Plan
-from mgpu.orchestrator.placement.split.sizes import layers_bytes
+from mgpu.orchestrator.placement.split.sizes import active_bytes, layers_bytes
 from mgpu.protocol.model.facts import DTYPE_BYTES, ModelFacts
 from mgpu.protocol.model.quantization import Quant
 
@@ -34,10 +34,18 @@ class Limit:
     """Of all devices that read at the same time, together; 0: not known."""
     state_bytes: int = 0
     """Of the states of a row, which are read and written."""
+    idle_bytes: int = 0
+    """Of experts that one row does not choose."""
+    idle_share: float = 0.0
+    """Of all experts; of those that some rows do not choose, another row leaves this share unchosen."""
 
     def step_bytes(self, batch: int, context: float) -> float:
-        """Return the bytes of one step in which ``batch`` rows have ``context`` tokens behind them on average."""
-        return self.weight_bytes + batch * (self.kv_token_bytes * context + 2 * self.state_bytes)
+        """Return the bytes of one step in which ``batch`` rows have ``context`` tokens behind them on average.
+
+        Rows choose experts at random: where each has 8 of 128, 64 rows leave 2 of them unchosen.
+        """
+        weights = self.weight_bytes - self.idle_bytes * self.idle_share ** (batch - 1)
+        return weights + batch * (self.kv_token_bytes * context + 2 * self.state_bytes)
 
     def tokens_per_s(self, batch: int, context: float) -> float | None:
         """Return the most tokens per second of a whole batch; None where the bandwidth is not known."""
@@ -55,7 +63,11 @@ def limit_of(plan: Plan, bytes_per_s: float) -> Limit:
     readers = len(plan.layout.placement.stages[0].devices) if plan.machine.kind == "cuda" else 1
     weights = weight_bytes(plan.facts, DTYPE_BYTES[plan.layout.dtype], plan.layout.quant)
     per_token, per_row = sum(row.kv_token_bytes for row in plan.rows), sum(row.state_bytes for row in plan.rows)
-    return Limit(weights, per_token, bytes_per_s * readers, per_row)
+    if (experts := plan.facts.experts) is None:
+        return Limit(weights, per_token, bytes_per_s * readers, per_row)
+    total, active = active_bytes(plan.facts, DTYPE_BYTES[plan.layout.dtype], plan.layout.quant)
+    idle_share = 1 - experts.active / experts.count
+    return Limit(weights, per_token, bytes_per_s * readers, per_row, total - active, idle_share)
 
 
 def weight_bytes(facts: ModelFacts, dtype_bytes: int, quant: Quant = "none") -> int:

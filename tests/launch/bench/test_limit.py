@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mgpu.launch.bench.limit import Limit, limit_of, machine_read_speed, parse_bandwidth, read_speed, weight_bytes
-from mgpu.launch.bench.shapes import LLAMA_8B, SMOLLM2_135M, Config, write_config
+from mgpu.launch.bench.shapes import LLAMA_8B, QWEN3_30B_A3B, SMOLLM2_135M, Config, write_config
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.placement.machine.described import described_machine
 from mgpu.orchestrator.placement.machine.devices import find_machine
@@ -26,6 +26,18 @@ def test_the_8b_in_bf16_can_decode_286_tokens_a_second_at_4_3_tb_per_s(tmp_path:
     assert (limit.kv_token_bytes, narrow.kv_token_bytes) == (128 << 10, 64 << 10)
     assert round(limit.tokens_per_s(1, 128) or 0) == 286
     assert round((limit.tokens_per_s(256, 1024) or 0) / 100) == 223
+
+
+def test_of_experts_only_those_that_some_row_chooses_are_read(tmp_path: Path) -> None:
+    """One row reads 8 experts of 128: per layer 3 x 768 x 2,048 x 2 bytes each, beside attention and router."""
+    planned = plan(facts_of(QWEN3_30B_A3B, tmp_path), described_machine("141GiB"), LayoutOptions())
+    limit = limit_of(planned, 4.3e12)
+    expert, layer = 3 * 768 * 2048 * 2, 2 * (2048 * (5120 + 4096 + 128) + 2 * 2048 + 2 * 128)
+    head = 2 * (151936 + 1) * 2048
+    assert limit.step_bytes(1, 0) == 48 * (8 * expert + layer) + head
+    unchosen = 128 * (1 - 8 / 128) ** 64
+    assert limit.step_bytes(64, 0) == pytest.approx(48 * ((128 - unchosen) * expert + layer) + head)
+    assert round(limit.tokens_per_s(1, 128) or 0) == 705
 
 
 def test_a_tied_head_is_read_although_the_embedding_is_not(tmp_path: Path) -> None:
