@@ -165,7 +165,8 @@ def _reserve_bytes(sizing: Sizing, place: RankPlace) -> int:
     last = place.stage_index == sizing.layout.placement.num_stages - 1
     options, machine = sizing.options, sizing.machine
     kind = "cpu" if sizing.layout.cpu_ranks else machine.kind
-    tokens = step_tokens(options, kind, machine.least_bytes, sizing.layout.placement.num_stages)
+    has_experts = sizing.facts.experts is not None
+    tokens = step_tokens(options, kind, machine.least_bytes, sizing.layout.placement.num_stages, has_experts)
     step = sizes.step_bytes(sizing.facts, place.tp_size, last, sizing.dtype_bytes, tokens, options.max_rows)
     if sizing.layout.quant != "none" or sizing.facts.formats:
         # One matrix is dense while it is loaded, and again in every step of many tokens on a GPU.

@@ -18,6 +18,11 @@ _LARGE_GPU_TOKENS = 8192
 _LARGE_GPU = 40 << 30
 """Bytes from which a GPU has room for the activations of a long step, a few GiB. Prompts of many requests are
 then computed 3 to 5 % faster, and decoding waits longer for them."""
+_SPARSE_TOKENS = 16384
+"""Of a mixture of experts, whose tokens cost a fraction of a dense model's: a step of so many reads the experts half as
+often and fills their tiles better, and prompts of many requests are computed about 10 % faster."""
+_SPARSE_GPU = 80 * 10**9
+"""Bytes from which a GPU has room for the outputs of all experts of so many tokens."""
 
 
 class LimitsError(UserError):
@@ -74,7 +79,13 @@ def implied_workers(options: LayoutOptions) -> int | None:
     return max(ordinals) + 1 if ordinals else None
 
 
-def step_tokens(options: LayoutOptions, device_kind: Literal["cpu", "cuda"], device_bytes: int, num_stages: int) -> int:
+def step_tokens(
+    options: LayoutOptions,
+    device_kind: Literal["cpu", "cuda"],
+    device_bytes: int,
+    num_stages: int,
+    has_experts: bool = False,
+) -> int:
     """Return the most tokens of a step: as asked, else what suits the device and leaves room to prefill.
 
     ``device_bytes``: memory of the smallest device. With several stages steps stay short on any GPU: the first and the
@@ -82,6 +93,8 @@ def step_tokens(options: LayoutOptions, device_kind: Literal["cpu", "cuda"], dev
     """
     is_large = device_bytes >= _LARGE_GPU and num_stages == 1
     on_gpu = _LARGE_GPU_TOKENS if is_large else _GPU_TOKENS
+    if is_large and has_experts and device_bytes >= _SPARSE_GPU:
+        on_gpu = _SPARSE_TOKENS
     default = max(on_gpu if device_kind == "cuda" else _CPU_TOKENS, 2 * options.max_rows)
     check_batch_tokens(options.max_batch_tokens or default, options.max_rows)
     return options.max_batch_tokens or default

@@ -69,7 +69,7 @@ def plan(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> Plan:
     _check_one_stage(facts, placement)
     check_float8(machine, placement, options)
     kind = "cpu" if cpu_ranks(placement, machine) else machine.kind  # the slowest stage bounds a step
-    max_batch_tokens = step_tokens(options, kind, machine.least_bytes, placement.num_stages)
+    max_batch_tokens = step_tokens(options, kind, machine.least_bytes, placement.num_stages, facts.experts is not None)
     layout = _layout(facts, machine, placement, options)
     sizing = Sizing(facts, machine, layout, options)
     rows = rank_rows(sizing)

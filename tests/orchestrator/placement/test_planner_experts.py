@@ -12,6 +12,7 @@ from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.planner import LayoutOptions, plan
 from mgpu.orchestrator.placement.reports.table import layout_json, layout_text
 from mgpu.protocol.model.expert_facts import ExpertFacts
+from mgpu.protocol.model.facts import ModelFacts
 
 QWEN3_235B = make_facts(
     q=64, kv=4, layers=94, hidden=4096, width=12288, vocab=151936, architecture="qwen3_moe", qk_norm=True,
@@ -180,3 +181,13 @@ def test_a_model_of_deepseeks_shape_in_int4_on_eight() -> None:
     layers = 61 * (attention + 2 * 2 * 7168) + 3 * dense + 58 * sparse
     assert planned.rows[0].weight_bytes == layers + 2 * (2 * 129280 * 7168 // 8 + 7168)
     assert "experts: 256 in 58 of 61 layers, 8 active" in layout_text(planned)
+
+
+@pytest.mark.parametrize(
+    ("facts", "size_gib", "tokens"),
+    [(GPT_OSS_120B, 288, 16384), (TINY, 80, 16384), (TINY, 64, 8192), (TINY, 24, 2048), (QWEN3_32B, 141, 8192)],
+)
+def test_steps_of_experts_are_longer_where_memory_is_large(facts: ModelFacts, size_gib: int, tokens: int) -> None:
+    assert plan(facts, gpus(size_gib), LayoutOptions()).limits.max_batch_tokens == tokens
+    asked = LayoutOptions(max_batch_tokens=4096)
+    assert plan(facts, gpus(size_gib), asked).limits.max_batch_tokens == 4096
