@@ -29,10 +29,10 @@ class FewTiling:
     gate_rows: int = 4
     """Even: gate and up in turn."""
     gate_k: int = 1024
-    gate_warps: int = 1
+    gate_warps: int = 2
     down_rows: int = 1
-    down_k: int = 256
-    down_warps: int = 2
+    down_k: int = 128
+    down_warps: int = 1
 
 
 @dataclass(frozen=True, slots=True)

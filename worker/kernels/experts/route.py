@@ -25,6 +25,12 @@ from mgpu.worker.kernels.runtime import (
 
 
 @triton.jit
+def _ordered(bits):
+    """Return integers in the order of the floats with these bits, or for such integers the bits."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
 def best_of(scores, e, A: tl.constexpr, A_PAD: tl.constexpr, NORMALIZES: tl.constexpr):
     """Return the A best of one token's scores [E], and their weights, best first, both [A_PAD].
 
@@ -34,13 +40,16 @@ def best_of(scores, e, A: tl.constexpr, A_PAD: tl.constexpr, NORMALIZES: tl.cons
     peak = tl.max(scores, 0)
     total = tl.sum(tl.exp(scores - peak), 0)
     experts = tl.zeros([A_PAD], tl.int32)
-    weights = tl.zeros([A_PAD], tl.float32)
+    found = tl.zeros([A_PAD], tl.int32)
+    # A warp reduces integers in one instruction, floats in five. Both zeros are equal.
+    keys = _ordered(tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True))
     for rank in tl.static_range(A):
-        best = tl.max(scores, 0)
-        chosen = tl.min(tl.where(scores == best, e, scores.shape[0]), 0)
-        scores = tl.where(e == chosen, float("-inf"), scores)
+        best = tl.max(keys, 0)
+        chosen = tl.min(tl.where(keys == best, e, scores.shape[0]), 0)
+        keys = tl.where(e == chosen, -2147483648, keys)  # below -inf
         experts = tl.where(a == rank, chosen, experts)
-        weights = tl.where(a == rank, tl.exp(best - peak), weights)
+        found = tl.where(a == rank, best, found)
+    weights = tl.where(a < A, tl.exp(_ordered(found).to(tl.float32, bitcast=True) - peak), 0.0)
     if NORMALIZES:
         total = tl.sum(weights, 0)
     return experts, weights / total

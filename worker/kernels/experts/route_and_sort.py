@@ -102,7 +102,7 @@ def _choose_kernel(
     mine = experts - first_expert
     is_here = (a < A) & (mine >= 0) & (mine < N)
     place = tl.atomic_add(counts_ptr + mine, 1, mask=is_here, sem="relaxed")
-    # Each expert has a place for each token. Where scores are infinite a token may choose an expert twice.
+    # Each expert has a place for each token. Where scores are no numbers a token may choose an expert twice.
     tl.store(order_ptr + mine * T + place, token * A + a, mask=is_here & (place < T))
     tl.debug_barrier()  # all threads' stores precede the release below
     if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == T - 1:

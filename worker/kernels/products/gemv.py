@@ -21,6 +21,8 @@ from torch import Tensor
 from mgpu.protocol.model.facts import Activation
 from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, power_of_2, wait_for_inputs
 
+_FEW_OUTPUTS = 2048
+"""Up to so many, programs of one warp leave the memory idle."""
 GATES: dict[Activation | None, int] = {None: 0, "silu": 1, "gelu_tanh": 2}
 
 
@@ -97,8 +99,8 @@ def _gemv_kernel(
 
 def choose_tiling(n: int, k: int, gated: bool) -> GemvTiling:
     """Pick tiles (see docs/kernels.md). A step is 8 inputs per thread, so that x has the layout of the weights."""
-    if n > k and not gated and k % 2048 == 0:
-        return GemvTiling(2, 2048, 4)
+    if k % 2048 == 0 and not gated and (n > k or n <= _FEW_OUTPUTS):
+        return GemvTiling(2, 2048, 4 if n > k else 2)
     return GemvTiling(2, 1024, 1)
 
 

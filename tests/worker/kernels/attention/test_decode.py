@@ -151,3 +151,5 @@ def test_a_workspace_that_is_too_small_is_refused_with_the_numbers(device: torch
 def test_tiling_depends_on_the_batch_alone_and_fills_the_device() -> None:
     assert choose_tiling(1, 8, 128, torch.bfloat16).splits == 16
     assert choose_tiling(256, 8, 128, torch.bfloat16).splits == 1
+    tilings = [choose_tiling(rows, 4, 128, torch.bfloat16) for rows in (1, 2)]
+    assert [(each.splits, each.block_n) for each in tilings] == [(32, 64), (16, 128)]  # many splits, short stretches
