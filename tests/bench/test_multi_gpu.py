@@ -14,7 +14,7 @@ from mgpu.orchestrator.placement.machine.devices import Machine, find_machine
 from mgpu.orchestrator.placement.planner import LayoutOptions, Plan, plan
 from mgpu.orchestrator.placement.topology.file import parse_topology
 from mgpu.protocol.checkpoint.read import read_checkpoint
-from mgpu.protocol.model.facts import ExpertSplit
+from mgpu.protocol.model.expert_facts import ExpertSplit
 
 MODELS = {"own KV heads": TINY, "2 KV heads": TINY_FEW_KV, "experts": TINY_EXPERTS}
 
