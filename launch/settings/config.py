@@ -127,8 +127,8 @@ class ServeConfig:
     max_rows: int = _option(_LAYOUT.max_rows, "Largest number of requests that run at once.", 1, 4096)
     max_batch_tokens: Tokens = _option(  # noqa: RUF009
         Tokens(_LAYOUT.max_batch_tokens),
-        "Tokens in one step, at most (0: 8192 on GPUs of 40 GiB and more, 16384 with experts on those of 80 GB, 2048 on "
-        "other GPUs, 512 on the CPU).", 0, 1 << 20,
+        "Tokens in one step, at most (0: 8192 on GPUs of 40 GiB and more, 16384 with experts on those of 80 GB, 2048 "
+        "on other GPUs, 512 on the CPU).", 0, 1 << 20,
     )  # fmt: skip
     memory_fraction: float = _option(
         _LAYOUT.memory_fraction, "Share of each GPU's memory for weights, activations and KV cache.", 0.05, 0.99
