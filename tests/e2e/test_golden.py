@@ -10,15 +10,14 @@ from mgpu.launch.server_process import running_server
 
 TOPOLOGY = "topology.yaml"
 HEAD_APART = """
-0-30: {device: "cpu[0]+cpu[1]+cpu[2]"}
-13-30: {device: "cpu[3]+cpu[4]+cpu[5]"}
+0-30: {device: "cpu[0]"}
+13-30: {device: "cpu[1]+cpu[2]+cpu[3]"}
 /lm_head/: {device: cpu}
 """
 SMOLLM2_LAYOUTS = {
-    "one worker": ["--workers", "1"],
     "tensor-parallel over 2, by unequal shares": ["--tp-shares", "2,1"],
-    "layer-mapped over 4, uneven, the last one more CPU worker": ["-n", "0:3;1:10;2:9;cpu:8"],
-    "two stages of three, and the head apart": ["--topology", TOPOLOGY],
+    "layer-mapped over 3, uneven, the last one more CPU worker": ["-n", "0:3;1:18;cpu:9"],
+    "a stage of one, a stage of three, and the head apart": ["--topology", TOPOLOGY],
 }
 GEMMA3_LAYOUTS = {
     "one worker": ["--workers", "1"],
@@ -27,10 +26,12 @@ GEMMA3_LAYOUTS = {
 
 
 def assert_golden(path: str, name: str, arguments: list[str]) -> None:
-    with (
-        running_server("-m", path, "--device", "cpu", "--max-seq-len", "512", *arguments) as endpoint,
-        Client(endpoint) as client,
-    ):
+    with running_server("-m", path, "--device", "cpu", "--max-seq-len", "512", *arguments) as endpoint:
+        assert_answers(endpoint, name)
+
+
+def assert_answers(endpoint: str, name: str) -> None:
+    with Client(endpoint) as client:
         options = {"max_tokens": 32, "ignore_eos": True, "logprobs": 0}
         prompts = golden(name)
         # All at once: steps then mix prompts and rows that decode, and are fewer.
@@ -40,6 +41,10 @@ def assert_golden(path: str, name: str, arguments: list[str]) -> None:
             assert list(answer.token_ids) == prompt["output_ids"], prompt["name"]
             assert answer.logprobs is not None
             assert [entry.logprob for entry in answer.logprobs] == pytest.approx(prompt["output_logprobs"], abs=2e-3)
+
+
+def test_smollm2_on_one_worker_gives_the_golden_tokens(endpoint: str) -> None:
+    assert_answers(endpoint, "smollm2-135m-instruct")
 
 
 @pytest.mark.parametrize("layout", SMOLLM2_LAYOUTS)
