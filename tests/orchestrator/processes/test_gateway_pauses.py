@@ -19,17 +19,16 @@ from mgpu.protocol.internal.gateway_messages import RecordQuery
 from mgpu.protocol.internal.work_record import WorkRecord
 
 
-@pytest.mark.parametrize(("max_restarts", "deaths", "least_s"), [(0, 6, 15.5), (3, 4, 3.5)])
-def test_a_gateway_that_aborts_again_and_again_costs_pauses_only(
-    folder: Path, max_restarts: int, deaths: int, least_s: float
-) -> None:
+@pytest.mark.parametrize("max_restarts", [0, 3])
+def test_a_gateway_that_aborts_again_and_again_costs_pauses_only(folder: Path, max_restarts: int) -> None:
+    deaths = 4
     with ready_server(folder, {"step_s": 0.01}, max_restarts=max_restarts) as server:
         server.send(resumable(1, [1, 2, 3], 200))
         server.wait_for(lambda: 1 in server.tokens)
         began_s = time.monotonic()
         for _ in range(deaths):
             lose_the_gateway(server, b"abort")
-        assert time.monotonic() - began_s >= least_s
+        assert time.monotonic() - began_s >= 0.5 + 1 + 2
         assert "was killed by signal 6 (SIGABRT)" in server.log
         server.send(RecordQuery(5, SESSION, 1))
         server.wait_for(lambda: bool(server.records))
@@ -51,10 +50,10 @@ def test_a_gateway_that_is_busy_for_too_long_is_replaced_uncounted(folder: Path)
 
 def test_a_signal_during_a_pause_ends_the_server(folder: Path) -> None:
     with ready_server(folder, max_restarts=0) as server:
-        for _ in range(4):
+        for _ in range(3):
             lose_the_gateway(server, b"abort")
         server.socket.send(b"abort")
-        server.wait_for(lambda: "restart 5 of the gateway in 4 s" in server.log)
+        server.wait_for(lambda: "restart 4 of the gateway in 2 s" in server.log)
         server.process.send_signal(signal.SIGTERM)
         assert server.wait_exit() == -signal.SIGTERM
 
