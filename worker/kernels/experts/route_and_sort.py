@@ -222,7 +222,7 @@ def _many_tokens(
     (tokens, k), count, device = x_TK.shape, len(w_EK), x_TK.device
     experts_pad, workspace, overlap = max(16, power_of_2(count)), default_workspace(device), overlaps_launches(device)
     block_k = min(64, max(16, power_of_2(k)))
-    block_t = 64 if experts_pad <= 128 and x_TK.dtype != torch.float32 else 16
+    block_t = 32 if experts_pad <= 128 and x_TK.dtype != torch.float32 else 16
     workspace.require(0, _COUNTS + choice.held)
     _many_kernel[(ceil_div(tokens, block_t),)](
         x_TK, w_EK, choice.bias_E, experts_TA, weights_TA, found.order_P, found.tiles_M4, found.num_tiles,
