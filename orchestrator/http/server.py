@@ -15,6 +15,7 @@ from mgpu.orchestrator.http.edge.guard import ApiKeys
 from mgpu.orchestrator.http.edge.hosts import Hosts
 from mgpu.orchestrator.http.routes.call import Served
 from mgpu.protocol.client.async_client import AsyncClient
+from mgpu.protocol.client.backlog import UnreadBounds
 from mgpu.protocol.internal.http_spec import HttpOptions
 from mgpu.protocol.keys import ClientKeys
 
@@ -30,7 +31,7 @@ OWN_FILES = 64
 
 def front_client(endpoint: str | None, keys: str | ClientKeys | None) -> AsyncClient:
     """Return the client through which all requests go. It connects when this is first needed."""
-    return AsyncClient(endpoint, REQUEST_TIMEOUT_S, keys=keys, retries=0)
+    return AsyncClient(endpoint, REQUEST_TIMEOUT_S, keys=keys, retries=0, unread_bounds=UnreadBounds())
 
 
 def allow_many_connections() -> None:

@@ -17,6 +17,7 @@ class _Choice:
 
     text: ParsedText | None = None
     """None before the first token."""
+    num_tokens: int = 0
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     has_ended: bool = False
@@ -27,12 +28,20 @@ class _Choice:
 class Answer:
     """The answer to one request, as far as it has arrived."""
 
-    def __init__(self, request: Mapping[str, object]) -> None:
-        """``request`` is a checked generate message."""
+    def __init__(self, request: Mapping[str, object], *, is_passed_on: bool = False) -> None:
+        """``request`` is a checked generate message.
+
+        ``is_passed_on``: pieces that were taken are not kept, so there is no whole answer; those that were not are
+        counted.
+        """
         num_choices = request.get("n", 1)
         assert isinstance(num_choices, int)
         self.pieces: deque[Piece] = deque()
         """Pieces that the caller has not taken yet."""
+        self.unread_bytes = 0
+        """About how much memory they take, if the answer is passed on."""
+        self.is_awaited = False
+        """The caller waits for the next piece."""
         self.error: MgpuError | None = None
         """Why the request failed."""
         self.accepted: Accepted | None = None
@@ -41,11 +50,12 @@ class Answer:
         """The last piece of a choice, held back: if `Finished` comes next, this piece brings the usage."""
         self._request = request
         self._wants_logprobs = request.get("logprobs") is not None
+        self._is_passed_on = is_passed_on
         self._choices = [_Choice() for _ in range(num_choices)]
 
     def offsets(self) -> list[int]:
         """Return how many tokens of each choice have arrived, -1 if the choice has ended; as a `resume` says it."""
-        return [-1 if choice.has_ended else len(choice.token_ids) for choice in self._choices]
+        return [-1 if choice.has_ended else choice.num_tokens for choice in self._choices]
 
     def add(self, message: Tokens) -> None:
         """Add the next tokens of a choice."""
@@ -54,16 +64,42 @@ class Answer:
         self.release()
         logprobs = _logprobs(message) if self._wants_logprobs else None
         choice = self._choices[message.index]
-        choice.token_ids += message.token_ids
-        choice.logprobs += logprobs or ()
+        choice.num_tokens += len(message.token_ids)
+        if not self._is_passed_on:
+            choice.token_ids += message.token_ids
+            choice.logprobs += logprobs or ()
         choice.stop_string = message.stop_string
         piece = self._piece(
             choice, message.index, message.text, message.finish_reason, tuple(message.token_ids), logprobs
         )
         if message.finish_reason is None:
-            self.pieces.append(piece)
+            self._append(piece)
         else:
             self._last = piece
+
+    def take(self, portion_bytes: int) -> list[Piece]:
+        """Return the next pieces that were not taken: one at least, and about so many bytes at most."""
+        if self.unread_bytes <= portion_bytes:
+            pieces = list(self.pieces)
+            self.pieces.clear()
+            self.unread_bytes = 0
+            return pieces
+        pieces, left_bytes = [], portion_bytes
+        while self.pieces and left_bytes > 0:
+            pieces.append(self.pieces.popleft())
+            num_bytes = _memory_bytes(pieces[-1])
+            self.unread_bytes, left_bytes = self.unread_bytes - num_bytes, left_bytes - num_bytes
+        return pieces
+
+    def discard(self, error: MgpuError) -> None:
+        """End the answer with an error, without the pieces that were not taken."""
+        self.pieces.clear()
+        self._last, self.unread_bytes, self.error = None, 0, error
+
+    def _append(self, piece: Piece) -> None:
+        if self.error is None:
+            self.pieces.append(piece)
+            self.unread_bytes += _memory_bytes(piece) if self._is_passed_on else 0
 
     def _piece(
         self,
@@ -76,7 +112,7 @@ class Answer:
     ) -> Piece:
         """Return what a part of the text brings; with ``reason`` it is the last of its choice."""
         if choice.text is None:
-            choice.text = ParsedText(parser_for(self._request, self.accepted))
+            choice.text = ParsedText(parser_for(self._request, self.accepted), is_kept=not self._is_passed_on)
         part = choice.text.add(text, is_last=reason is not None)
         if reason is not None:
             reason = "tool_calls" if reason == "stop" and choice.text.has_calls else reason
@@ -106,13 +142,15 @@ class Answer:
     def release(self, usage: Usage | None = None) -> None:
         """Hand out the piece that was held back, if there is one."""
         if self._last is not None:
-            self.pieces.append(replace(self._last, usage=usage))
+            self._append(replace(self._last, usage=usage))
             self._last = None
 
     def completion(self) -> Completion:
         """Return the whole answer. If the request failed, raise its error; MgpuError if it has not ended."""
         if self.error is not None:
             raise self.error
+        if self._is_passed_on:
+            raise MgpuError("the answer was passed on, and not kept")
         if self._finished is None:
             raise MgpuError("the answer is not complete: its stream was closed, or has not ended yet")
         choices = self._completed()
@@ -122,7 +160,8 @@ class Answer:
     def partial(self) -> Completion:
         """Return what has arrived. Choices that have not ended count as cancelled; the usage is what is known."""
         choices = self._completed()
-        usage = Usage(self.accepted.prompt_tokens if self.accepted else 0, sum(len(c.token_ids) for c in choices), 0)
+        num_tokens = sum(choice.num_tokens for choice in self._choices)
+        usage = Usage(self.accepted.prompt_tokens if self.accepted else 0, num_tokens, 0)
         model, seed = (self.accepted.model, self.accepted.seed) if self.accepted else ("", 0)
         return Completion(choices, usage, model, seed)
 
@@ -149,3 +188,13 @@ def _logprobs(message: Tokens) -> tuple[TokenLogprob, ...]:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise FieldError(f"malformed log-probabilities: {type(error).__name__}: {error}") from None
+
+
+def _memory_bytes(piece: Piece) -> int:
+    """Return about how much memory a piece takes: its objects, of which each has a head of some 50 bytes."""
+    num_bytes = 250 + len(piece.text) + len(piece.reasoning) + 40 * len(piece.token_ids)
+    for part in piece.tool_calls:
+        num_bytes += 250 + len(part.name) + len(part.arguments)
+    for logprob in piece.logprobs or ():
+        num_bytes += 250 + 200 * len(logprob.top)
+    return num_bytes

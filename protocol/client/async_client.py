@@ -8,15 +8,17 @@ Any number of tasks of one event loop may share an AsyncClient. In another loop,
 """
 
 import asyncio
-import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal, Self, Unpack, overload
 
 from mgpu.protocol.client import timeouts
+from mgpu.protocol.client.answer import Answer
 from mgpu.protocol.client.async_connection import AsyncConnection
+from mgpu.protocol.client.async_stream import AsyncCompletionStream
+from mgpu.protocol.client.backlog import Backlogs, UnreadBounds
 from mgpu.protocol.client.many import (
     MAX_IN_FLIGHT,
     Answers,
@@ -31,7 +33,7 @@ from mgpu.protocol.client.many import (
 )
 from mgpu.protocol.client.option_help import with_options
 from mgpu.protocol.client.request_message import GenerateOptions, chat_fields, generate_message, prompt_field
-from mgpu.protocol.client.results import Completion, Piece
+from mgpu.protocol.client.results import Completion
 from mgpu.protocol.client.resumable import ResumableRequest
 from mgpu.protocol.client.session import Reply
 from mgpu.protocol.client.text_queries import (
@@ -42,117 +44,11 @@ from mgpu.protocol.client.text_queries import (
     tokenize_message,
     wait_before_retry_s,
 )
-from mgpu.protocol.client.wake import Wake
 from mgpu.protocol.errors import MgpuError, RequestFailed
 from mgpu.protocol.front.client_messages import QueryKind
 from mgpu.protocol.front.fields import int32_array
-from mgpu.protocol.front.server_messages import Accepted, Detokenized, Health, Models, Stats, Tokenized
+from mgpu.protocol.front.server_messages import Detokenized, Health, Models, Stats, Tokenized
 from mgpu.protocol.keys import ClientKeys
-
-
-class AsyncCompletionStream(AsyncIterator[Piece]):
-    """Iterate over the pieces of one answer. Closing it, or dropping it unfinished, cancels the request.
-
-    The request is sent when the first piece is awaited.
-    """
-
-    def __init__(self, connection: AsyncConnection, request: ResumableRequest, timeout_s: float) -> None:
-        self._connection = connection
-        self._request = request
-        self._timeout_s = timeout_s
-        self._deadline_s: float | None = None
-        self._event = Wake()
-        self._request.notify = self._event.set
-
-    async def __anext__(self) -> Piece:
-        """Wait for the next piece. RequestFailed, DeadlineExceeded or ServerUnreachable when there will be none."""
-        answer = self._request.answer
-        await self._begin()
-        if not answer.pieces and not self._request.has_ended:
-            await self._wait()
-        if answer.pieces:
-            return answer.pieces.popleft()
-        if answer.error is not None:
-            raise answer.error
-        raise StopAsyncIteration
-
-    @property
-    def has_ended(self) -> bool:
-        """True if no more will arrive. Pieces that have arrived can still be taken."""
-        return self._request.has_ended and not self._request.answer.pieces
-
-    async def accepted(self) -> Accepted:
-        """Send the request and wait until the server has accepted it. The error of a request that it refuses."""
-        answer = self._request.answer
-        await self._begin()
-        while answer.accepted is None and not answer.pieces and not self._request.has_ended:
-            await self._wait(lambda: answer.accepted is not None)
-        if answer.error is not None and answer.accepted is None:
-            raise answer.error
-        return answer.accepted or Accepted(self._request.id, "", 0, 0, 0)
-
-    async def take(self, longest_s: float) -> list[Piece]:
-        """Return all pieces that have arrived. If there are none, wait for the next one, ``longest_s`` at most.
-
-        Empty at the end of the answer, or if nothing has come in time. The error of a request that failed.
-        """
-        answer = self._request.answer
-        await self._begin()
-        if not answer.pieces and not self._request.has_ended:
-            until_s = time.monotonic() + longest_s
-            await self._wait(lambda: time.monotonic() >= until_s, longest_s)
-        if not answer.pieces and answer.error is not None:
-            raise answer.error
-        pieces = list(answer.pieces)
-        answer.pieces.clear()
-        return pieces
-
-    async def completion(self) -> Completion:
-        """Wait for the end and return the whole answer, whether or not pieces were taken."""
-        try:
-            await self._begin()
-            while not self._request.has_ended:
-                await self._wait()
-                self._request.answer.pieces.clear()
-        finally:
-            await self.aclose()  # after an error or when the awaiting task is cancelled
-        return self._request.answer.completion()
-
-    async def aclose(self) -> None:
-        """Cancel what is still to come; a second call does nothing."""
-        self._connection.cancel(self._request)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.aclose()
-
-    def __repr__(self) -> str:
-        return f"AsyncCompletionStream({self._request.described()})"
-
-    def __del__(self) -> None:
-        self._connection.cancel(self._request)
-
-    async def _begin(self) -> None:
-        if self._deadline_s is None and not self._request.has_ended:
-            self._deadline_s = time.monotonic() + self._timeout_s
-            await self._connection.begin(self._request, self._timeout_s)
-
-    async def _wait(self, enough: Callable[[], bool] = lambda: False, longest_s: float = math.inf) -> None:
-        """Wait for a piece, the end, or ``enough``. If time runs out, cancel the request and raise."""
-        assert self._deadline_s is not None
-        try:
-            for seconds in self._connection.waits_for(self._request, self._deadline_s):
-                self._event.clear()
-                await self._event.wait(min(seconds, longest_s))
-                if self._request.is_interrupted or not self._event.is_set():
-                    self._connection.read()
-                if enough():
-                    return
-        except MgpuError:
-            await self.aclose()
-            raise
 
 
 class AsyncClient:
@@ -170,10 +66,16 @@ class AsyncClient:
         connect_timeout_s: float = timeouts.CONNECT_TIMEOUT_S,
         silence_timeout_s: float = timeouts.SILENCE_TIMEOUT_S,
         retries: int = timeouts.RETRIES,
+        unread_bounds: UnreadBounds | None = None,
     ) -> None:
-        """See `Client`; nothing is connected before the first call."""
+        """See `Client`; nothing is connected before the first call.
+
+        ``unread_bounds`` are for a server that passes streams on to readers of its own: they fail with `slow_reader`
+        beyond these bounds, and have no `completion`, because pieces are not kept once they were taken.
+        """
         self._timeouts = timeouts.ClientTimeouts(timeout_s, connect_timeout_s, silence_timeout_s)
         self._connection = AsyncConnection(endpoint, keys, self._timeouts)
+        self._backlogs = Backlogs(unread_bounds, self._connection.cancel_soon) if unread_bounds else None
         self._retries = retries
         self._ids = count(1)
 
@@ -337,7 +239,9 @@ class AsyncClient:
         named_s = options.get("timeout_s")
         timeout_s = self._timeouts.request_s if named_s is None else named_s
         message = generate_message(next(self._ids), what, options, stream=stream, timeout_s=timeout_s)
-        return AsyncCompletionStream(self._connection, ResumableRequest(message, self._retries), timeout_s)
+        backlogs = self._backlogs if stream else None
+        request = ResumableRequest(message, self._retries, Answer(message, is_passed_on=backlogs is not None))
+        return AsyncCompletionStream(self._connection, request, timeout_s, backlogs)
 
     async def _work(self, answers: Answers, options: GenerateOptions) -> None:
         """Answer one prompt after the other until there are no more."""

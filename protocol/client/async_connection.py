@@ -83,6 +83,12 @@ class AsyncConnection:
             self._open.cancel(request)
             self.read()
 
+    def cancel_soon(self, request_id: int) -> None:
+        """End a request that is in flight, from within `read`."""
+        if self._open is not None and self._loop is not None and request_id in self._open.requests:
+            self._open.cancel(self._open.requests[request_id])
+            self._loop.call_soon(self.read)  # it follows every send
+
     def close(self) -> None:
         """End everything in flight and close the socket; a second call does nothing."""
         self.is_closed = True

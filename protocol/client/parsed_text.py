@@ -25,8 +25,9 @@ class TextPart(NamedTuple):
 class ParsedText:
     """The text of one choice so far."""
 
-    def __init__(self, parser: AnswerParser | None) -> None:
-        """Without a parser the text is passed on as it is."""
+    def __init__(self, parser: AnswerParser | None, *, is_kept: bool = True) -> None:
+        """Without a parser the text is passed on as it is, and kept if ``is_kept``."""
+        self._is_kept = is_kept
         self._parser = parser
         self._plain: list[str] = []
         self._parsed = ParsedAnswer()
@@ -34,7 +35,8 @@ class ParsedText:
     def add(self, text: str, is_last: bool) -> TextPart:
         """Add a part of the text; ``is_last``: nothing follows."""
         if self._parser is None:
-            self._plain.append(text)
+            if self._is_kept:
+                self._plain.append(text)
             return TextPart(text)
         events = self._parser.push(text)
         if is_last:

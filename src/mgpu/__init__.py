@@ -9,7 +9,8 @@ clients only when they are asked for.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mgpu.protocol.client.async_client import AsyncClient, AsyncCompletionStream
+    from mgpu.protocol.client.async_client import AsyncClient
+    from mgpu.protocol.client.async_stream import AsyncCompletionStream
     from mgpu.protocol.client.client import Client
     from mgpu.protocol.client.request_message import GenerateOptions
     from mgpu.protocol.client.results import Completion, CompletionChoice, Piece, TokenLogprob, Usage
@@ -40,7 +41,7 @@ __all__ = [
 _RESULTS = ("Completion", "CompletionChoice", "Piece", "TokenLogprob", "Usage")
 _HOMES = {
     "AsyncClient": "mgpu.protocol.client.async_client",
-    "AsyncCompletionStream": "mgpu.protocol.client.async_client",
+    "AsyncCompletionStream": "mgpu.protocol.client.async_stream",
     "Client": "mgpu.protocol.client.client",
     "CompletionStream": "mgpu.protocol.client.stream",
     "GenerateOptions": "mgpu.protocol.client.request_message",

@@ -21,7 +21,7 @@ from mgpu.orchestrator.http.requests.logprobs import chat_logprobs
 from mgpu.orchestrator.http.requests.rules import Messages, StreamOptions
 from mgpu.orchestrator.http.requests.tool_rules import ToolChoiceField, call_body, call_delta
 from mgpu.orchestrator.http.routes.call import Call, event, text_json, to_json
-from mgpu.protocol.client.async_client import AsyncCompletionStream
+from mgpu.protocol.client.async_stream import AsyncCompletionStream
 from mgpu.protocol.client.request_message import GenerateOptions
 from mgpu.protocol.client.results import Completion, CompletionChoice, Piece, Usage
 from mgpu.protocol.errors import MgpuError
