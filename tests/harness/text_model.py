@@ -15,4 +15,8 @@ VOCABULARY = 1024
 def write_text_model(folder: Path, vocabulary: int = VOCABULARY) -> Path:
     """Write the model with its tokenizer and chat template; it splits over 2 and 4 ranks."""
     write_tokenizer(folder, vocabulary)
-    return write_random_model(folder, vocab_size=vocabulary, num_hidden_layers=2, max_position_embeddings=2048)
+    last = vocabulary - 1  # the default ids of both are single characters, which grammars may need
+    return write_random_model(
+        folder, vocab_size=vocabulary, num_hidden_layers=2, max_position_embeddings=2048, bos_token_id=last,
+        eos_token_id=last,
+    )  # fmt: skip
