@@ -164,6 +164,11 @@ class FairQueue:
             elif account.number not in numbers and account.entry < 0 and account.num_waiting:
                 self._all.enter(account)
 
+    def num_of(self, number: int) -> int:
+        """Return how many sequences of an account are in line."""
+        found = self._all.parts.get(number)
+        return 0 if found is None else found.num_waiting
+
     def head(self) -> Sequence | None:
         """Return the sequence whose turn it is, without taking it."""
         account = self._head_line()[-1]

@@ -7,6 +7,9 @@ Owners are the first numbers of accounts (fair_queue.py). While sequences of sev
   sequences fill that room, it is held: its next sequences wait in line, in nobody's way.
 - an owner beside others that decode has its prompts computed in portions, so that a step takes a third longer than
   without them. What is not used in one step is kept for some steps, so that a short prompt is computed at once.
+- an owner with at most `FEW` sequences, those in line included, has twice the room for prompts, at least
+  `SMALL_PROMPTS` tokens, and may decode as long as a step has at most `SMALL_STEP`. Else two short requests would hold
+  back sixteen streams of another owner.
 
 Example: H decodes 8 sequences, and a step of 8 tokens takes 21 ms. One of 20 takes 28 ms, so that the room beside H is
 12 tokens. A sends prompts of 300 tokens for one token each. Its first prompts use what is kept for 16 steps; then 12
@@ -24,6 +27,7 @@ from mgpu.orchestrator.scheduler.sequence import Sequence
 RoomBeside = Callable[[int], int]
 KEPT_STEPS = 16
 """Steps for which an owner's unused room is kept."""
+FEW, SMALL_STEP, SMALL_PROMPTS = 32, 24, 32
 RECENT_STEPS = 32
 """An owner whose last sequence has ended counts for so many steps: its next request is on its way."""
 
@@ -40,12 +44,16 @@ class RunningShares:
         self.room_beside: RoomBeside = unlimited
         """For tokens that are decoded."""
         self.prompt_room_beside: RoomBeside = unlimited
+        self.num_waiting: Callable[[int], int] = lambda _owner: FEW
+        """How many sequences of an owner are in line."""
         self.clear()
 
     def clear(self) -> None:
         """Forget what runs: the workers are gone."""
         self._running: dict[int, int] = {}
         """By owner, and so are the others."""
+        self._num_running: dict[int, int] = {}
+        """Sequences, whatever they cost."""
         self._decoding: dict[int, int] = {}
         """Of that, what decodes or will, when its prompt is computed."""
         self._decoding_ids: set[int] = set()
@@ -79,14 +87,17 @@ class RunningShares:
             self._kept.clear()
             return
         self._count()
-        most = KEPT_STEPS * self._prompt_room
-        kept = {each: min(self._kept.get(each, most) + self._prompt_room, most) for each in self._running | self._kept}
-        self._kept = {each: tokens for each, tokens in kept.items() if tokens < most or each in self._running}
+        for owner in list(self._running | self._kept):
+            room = self._prompt_room_of(owner)
+            self._kept[owner] = min(self._kept.get(owner, KEPT_STEPS * room) + room, KEPT_STEPS * room)
+            if owner not in self._running and self._kept[owner] == KEPT_STEPS * room:
+                del self._kept[owner]
 
     def begin(self, seq: Sequence) -> None:
         """Note that a sequence has got a row."""
         owner = seq.account[0]
         self._add(self._running, owner, seq.token_cost)
+        self._add(self._num_running, owner, 1)
         if seq.max_len > len(seq.tokens) + 1:
             self._decoding_ids.add(seq.sequence_id)
             self._add(self._decoding, owner, seq.token_cost)
@@ -104,6 +115,7 @@ class RunningShares:
         """Note that a sequence has lost its row."""
         owner = seq.account[0]
         self._add(self._running, owner, -seq.token_cost)
+        self._add(self._num_running, owner, -1)
         self.extra_cost -= seq.token_cost - 1
         if seq.sequence_id in self._stream_ids:
             self._stream_ids.discard(seq.sequence_id)
@@ -152,7 +164,13 @@ class RunningShares:
     def _prompt_tokens(self, owner: int) -> int:
         if not self._others_decode(owner):
             return unlimited(0)
-        return self._kept.get(owner, KEPT_STEPS * self._prompt_room)
+        return self._kept.get(owner, KEPT_STEPS * self._prompt_room_of(owner))
+
+    def _has_few(self, owner: int) -> bool:
+        return self._num_running.get(owner, 0) + self.num_waiting(owner) <= FEW
+
+    def _prompt_room_of(self, owner: int) -> int:
+        return max(2 * self._prompt_room, SMALL_PROMPTS) if self._has_few(owner) else self._prompt_room
 
     def _room_of(self, owner: int) -> int:
         """Return the tokens that an owner may have in a step beside those that the others decode."""
@@ -163,4 +181,5 @@ class RunningShares:
         room = self._rooms.get(others)
         if room is None:
             room = self._rooms[others] = self.room_beside(others)
-        return max(room, self._smallest[mine == self._smallest[0] and len(self._smallest) > 1], 1)
+        small = SMALL_STEP - others if self._has_few(owner) else 0
+        return max(room, self._smallest[mine == self._smallest[0] and len(self._smallest) > 1], small, 1)

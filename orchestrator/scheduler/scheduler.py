@@ -32,6 +32,7 @@ class Scheduler:
         self._waiting = WaitingLine()
         self._outputs = StepOutputs()
         self.shares = RunningShares()
+        self.shares.num_waiting = self._waiting.num_new_of
         self._planner = StepPlanner(limits, self._waiting, self.counters, self.shares, epoch=0, next_step=0)
 
     # -- what the engine asks ------------------------------------------------------------------------------------------

@@ -24,6 +24,10 @@ class WaitingLine:
         """Let no new sequences of these owners come to the front until the next call; see running_shares.py."""
         self._new.hold(owners)
 
+    def num_new_of(self, owner: int) -> int:
+        """Return how many sequences of an owner wait for their first row."""
+        return self._new.num_of(owner)
+
     def join(self, seq: Sequence) -> None:
         """Line up, for the first time or after being preempted."""
         if seq.turn < 0:

@@ -8,7 +8,7 @@ import pytest
 
 from harness.fake_model import FakeModel
 from mgpu.orchestrator.scheduler.limits import Limits
-from mgpu.orchestrator.scheduler.running_shares import KEPT_STEPS, RECENT_STEPS
+from mgpu.orchestrator.scheduler.running_shares import FEW, KEPT_STEPS, RECENT_STEPS
 from mgpu.orchestrator.scheduler.scheduler import Scheduler
 from mgpu.orchestrator.scheduler.sequence import token_cost_of
 from mgpu.protocol.internal.gateway_messages import Submit
@@ -142,12 +142,36 @@ def test_an_owner_alone_has_no_bound_and_others_find_none_when_it_has_gone() -> 
 def test_an_owner_between_two_requests_is_not_forgotten() -> None:
     server = Server(room=2)
     first = server.submit(HONEST)
-    for _ in range(20):
+    for _ in range(2 * FEW):
         server.submit(OTHER)
     server.step()
     server.scheduler.cancel(first, "cancelled")
     server.step()
     assert server.running(OTHER) == 2
+
+
+def test_two_short_requests_do_not_hold_back_sixteen_streams() -> None:
+    server = Server(room=1)
+    for _ in range(2):
+        server.submit(OTHER)
+    server.step()
+    for _ in range(16):
+        server.submit(HONEST)
+    for _ in range(30):
+        server.step()
+    assert server.running(HONEST) == 16
+
+
+def test_a_row_in_line_fills_no_small_step() -> None:
+    server = Server(room=1)
+    for _ in range(2):
+        server.submit(HONEST)
+    server.step()
+    for _ in range(2 * FEW):
+        server.submit(OTHER)
+    for _ in range(30):
+        server.step()
+    assert server.running(OTHER) == 2, "as many as the smallest of the others"
 
 
 def test_owners_that_have_gone_are_forgotten_while_others_run() -> None:
