@@ -76,7 +76,8 @@ def write(record: dict[str, Any]) -> None:
 
 def tables(record: dict[str, Any]) -> str:
     """Return the tables of the page."""
-    return f"{_attacks(record)}\n{_hostile(record)}\n{_fuzzing(record)}"
+    runs = "".join(f"- {run}\n" for run in record["runs"])
+    return f"{_attacks(record)}\n{_hostile(record)}\n{_fuzzing(record)}\nCommits and machines of these runs:\n\n{runs}"
 
 
 def _attacks(record: dict[str, Any]) -> str:
