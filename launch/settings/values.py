@@ -23,7 +23,8 @@ _ALIASES = {
     "reasoning_format": {"deepseek": "think", "deepseek_r1": "think", "deepseek-r1": "think", "qwen3": "think",
                          "glm45": "think", "minimax_m2": "think"},
     "tool_format": {"qwen3_coder": "qwen3-coder", "llama3_json": "llama", "openai": "harmony", "glm45": "glm",
-                    "glm47": "glm", "minimax_m2": "minimax", "llama4_pythonic": "pythonic"},
+                    "glm47": "glm", "minimax_m2": "minimax", "llama4_pythonic": "pythonic",
+                    "deepseek_v3": "deepseek-v3", "deepseek_v31": "deepseek-v3.1", "kimi_k2": "kimi-k2"},
 }  # fmt: skip
 """What other programs call the values of these options."""
 
