@@ -40,7 +40,7 @@ def text_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def random_server(text_model: str) -> Iterator[ServerProcess]:
     """One worker with the random model."""
-    with ServerProcess("-m", text_model, "--device", "cpu", "--max-seq-len", "1024") as process:
+    with ServerProcess("-m", text_model, "--device", "cpu") as process:
         process.wait_ready()
         yield process
 

@@ -15,7 +15,7 @@ def test_lines_are_edited_and_commands_are_not_sent(
     random_server: ServerProcess, random_endpoint: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "talk.json"
-    terminal = Terminal(random_server.environ, "chat", "--max-tokens", "600", TERM="xterm")
+    terminal = Terminal(random_server.environ, "chat", "--max-tokens", "30000", TERM="xterm")
     try:
         place = terminal.turn("/set max_tokens 4\n")
         place = terminal.turn("/system Be short.\n", place)
@@ -54,7 +54,7 @@ def test_without_readline_escape_codes_do_not_reach_the_model(
 
 
 def test_ctrl_c_ends_the_answer_and_the_next_turn_works(random_server: ServerProcess, random_endpoint: str) -> None:
-    terminal = Terminal(random_server.environ, "chat", "--max-tokens", "600")
+    terminal = Terminal(random_server.environ, "chat", "--max-tokens", "30000")
     try:
         terminal.wait_for(b"> ")
         terminal.type("Write a very long story about a lighthouse.\n")

@@ -18,8 +18,8 @@ from harness.waiting import eventually
 from mgpu import Client
 from mgpu.launch.server_process import ServerProcess
 
-OPTIONS = ("--device", "cpu", "--max-seq-len", "2048")
-LONG = {"prompt": "Once", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+OPTIONS = ("--device", "cpu")
+LONG = {"prompt": "Once", "max_tokens": 30_000, "ignore_eos": True, "stream": True}
 
 
 def processes(server: ServerProcess, module: str) -> list[psutil.Process]:

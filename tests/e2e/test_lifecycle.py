@@ -20,7 +20,7 @@ END_S = 30.0
 
 
 def start(model: str, *arguments: str) -> ServerProcess:
-    return ServerProcess("-m", model, "--device", "cpu", "--max-seq-len", "2048", *arguments)
+    return ServerProcess("-m", model, "--device", "cpu", *arguments)
 
 
 def family_of(server: ServerProcess) -> list[psutil.Process]:
@@ -71,7 +71,7 @@ def test_sigterm_finishes_the_running_request_and_refuses_new_ones(text_model: s
 def test_a_second_sigint_stops_at_once(text_model: str) -> None:
     with start(text_model) as server, Client(server.wait_ready()) as client:
         family = family_of(server)
-        stream = client.stream("Tell me a long story.", max_tokens=2000, ignore_eos=True)
+        stream = client.stream("Tell me a long story.", max_tokens=30_000, ignore_eos=True)
         next(stream)
         server.process.send_signal(signal.SIGINT)
         eventually(lambda: "stopping" in server.output(), server.output, 5.0)
@@ -90,7 +90,7 @@ def test_sigkill_of_the_parent_leaves_nothing(text_model: str) -> None:
         of_driver = [Path(f"/dev/shm/cuda.shm.{os.geteuid()}.{each.pid:x}.1") for each in workers_of(server)]
         for file in of_driver:  # as NVIDIA's driver leaves them
             file.touch()
-        stream = client.stream("Tell me a long story.", max_tokens=2000, ignore_eos=True)
+        stream = client.stream("Tell me a long story.", max_tokens=30_000, ignore_eos=True)
         next(stream)
         server.process.kill()
         server.process.wait(END_S)

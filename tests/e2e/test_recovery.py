@@ -16,9 +16,9 @@ def child(server: ServerProcess, module: str) -> psutil.Process:
 
 def test_answers_go_on_after_a_worker_and_then_the_gateway_is_killed(text_model: str) -> None:
     prompts = ["The capital of France is", "Once upon a time", "def fibonacci(n):", "The first ten primes are"]
-    options = [{"max_tokens": 120, "ignore_eos": True, "temperature": at % 2, "seed": at} for at in range(4)]
+    options = [{"max_tokens": 240, "ignore_eos": True, "temperature": at % 2, "seed": at} for at in range(4)]
     options.append(
-        {"max_tokens": 120, "temperature": 1, "seed": 5, "structured_outputs": {"regex": r"(\d+ [a-z]+, ){120}"}}
+        {"max_tokens": 240, "temperature": 1, "seed": 5, "structured_outputs": {"regex": r"(\d+ [a-z]+, ){240}"}}
     )
     prompts.append("A list of animals: ")
     with (

@@ -32,7 +32,7 @@ def make_keys(folder: Path, *clients: str) -> Path:
 
 
 def start(model: str, *arguments: str) -> ServerProcess:
-    options = ("--device", "cpu", "--workers", str(WORKERS), "--max-seq-len", "2048")
+    options = ("--device", "cpu", "--workers", str(WORKERS))
     return ServerProcess("-m", model, *options, *arguments)
 
 
@@ -94,7 +94,7 @@ def test_a_server_with_keys_has_one_tcp_socket_for_listed_keys_which_sighup_chan
     with start(text_model, "--bind", "tcp://127.0.0.1:0", "--keys", str(keys)) as server:
         endpoint = server.wait_ready()
         with Client(endpoint, keys=alice) as client:
-            stream = client.stream("Hello", max_tokens=2000, ignore_eos=True)
+            stream = client.stream("Hello", max_tokens=30_000, ignore_eos=True)
             next(stream)
             family = family_of(server)
             assert listening_endpoints(family) == [endpoint]

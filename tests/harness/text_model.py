@@ -10,6 +10,8 @@ from bench.attack.small_model import write_tokenizer
 from harness.random_model import write_random_model
 
 VOCABULARY = 1024
+LONGEST = 32_768
+"""Tokens of a request. A stream that a test breaks may be this long: it never ends before, however slow the test is."""
 
 
 def write_text_model(folder: Path, vocabulary: int = VOCABULARY) -> Path:
@@ -17,6 +19,6 @@ def write_text_model(folder: Path, vocabulary: int = VOCABULARY) -> Path:
     write_tokenizer(folder, vocabulary)
     last = vocabulary - 1  # the default ids of both are single characters, which grammars may need
     return write_random_model(
-        folder, vocab_size=vocabulary, num_hidden_layers=2, max_position_embeddings=2048, bos_token_id=last,
+        folder, vocab_size=vocabulary, num_hidden_layers=2, max_position_embeddings=LONGEST, bos_token_id=last,
         eos_token_id=last,
     )  # fmt: skip
