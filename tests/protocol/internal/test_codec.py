@@ -59,3 +59,40 @@ def _replaced(message: object, fields: list[object]) -> object:
     if message[1:] == GOOD:
         return [message[0], *fields]
     return [_replaced(each, fields) if isinstance(each, list) else each for each in message]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    rows: list[tuple[int, float]]
+    names: list[tuple[int, str]] | None = None
+
+
+TABLE = Codec(Table)
+
+
+@pytest.mark.parametrize("message", [Table([]), Table([(1, 0.5)]), Table([(1, 2.0), (3, 4.5)], [(5, "x")])])
+def test_a_table_survives_with_its_types(message: Table) -> None:
+    found = TABLE.decode(TABLE.encode(message))
+    assert found == message
+    assert all(type(value) is float for _, value in TABLE.decode(msgpack.packb([0, [[1, 2]], None])).rows)
+
+
+NO_TABLES = [
+    [[1]],
+    [[1, 2.0, 3.0]],
+    [["x", 1.0]],
+    [[1, "x"]],
+    [1],
+    ["ab"],
+    "ab",
+    [[1, 2.0], [3]],
+    [[]],
+    {},
+    [[1, None]],
+]
+
+
+@pytest.mark.parametrize("rows", NO_TABLES, ids=str)
+def test_what_is_no_table_is_refused(rows: object) -> None:
+    with pytest.raises(CodecError):
+        TABLE.decode(msgpack.packb([0, rows, None]))
