@@ -54,7 +54,12 @@ def target_options(command: F) -> F:
             metavar="SPEED",
             help="Read bandwidth of one GPU, such as 4.30TB/s, for shares of the limit (CPU: else measured).",
         ),
-        click.option("--shape", type=click.Choice(list(SHAPES)), help="Random weights of this shape, instead of -m."),
+        click.option(
+            "--shape",
+            type=click.Choice(list(SHAPES)),
+            metavar="NAME",
+            help=f"Random weights of this shape, instead of -m: {', '.join(SHAPES)}.",
+        ),
         click.option(
             "--model", "-m", default="", help="A model, as for serve; a folder with only config.json is enough."
         ),
