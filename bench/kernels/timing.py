@@ -152,6 +152,7 @@ KERNEL_MODULES = tuple(
         "products.quantized_gemv",
         "attention.rope_cache",
         "sample",
+        "peers.sent_product",
         "step_inputs",
         "peers.two_shot",
         "products.warpgroup.gemm",

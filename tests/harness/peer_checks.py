@@ -8,9 +8,11 @@ from torch import Tensor
 from mgpu.worker.kernels.peers.all_reduce import OneShot, Residual
 from mgpu.worker.kernels.peers.exchange import Exchange
 from mgpu.worker.kernels.peers.memory import AreaShape, PeerAlarm, buffer_bytes, cut
+from mgpu.worker.kernels.peers.sent_product import SentProduct
 from mgpu.worker.kernels.peers.two_shot import TwoShot
 
 ROWS, DIM, TURNS, VOCAB, MOST_CHOICES = 2, 80, 3, 100, 70
+INPUTS = 24
 
 
 def shapes(ranks: int, dtype: torch.dtype) -> list[AreaShape]:
@@ -31,6 +33,9 @@ class Turn:
     stream_TD: Tensor
     weight_D: Tensor
     bias_D: Tensor | None
+    inputs: list[Tensor]
+    """Of each rank's product of one row."""
+    weights: list[Tensor]
     scores_SR: Tensor
     ids_SR: Tensor
 
@@ -52,6 +57,8 @@ def draw_turn(turn: int, ranks: int, dtype: torch.dtype, device: torch.device) -
         draw(rows, DIM),
         draw(DIM),
         draw(DIM) if turn % 2 else None,
+        [draw(1, INPUTS) for _ in range(ranks)],
+        [draw(DIM, INPUTS) for _ in range(ranks)],
         scores_SR.to(device),
         ids_SR.to(device, torch.int32),
     )
@@ -76,6 +83,7 @@ class Rank:
         self.one_shot = OneShot(one, self.alarm, self.rank, ROWS, DIM)
         self.two_shot = TwoShot(parts, sums, self.alarm, self.rank, ROWS, DIM)
         self.host_sum = OneShot(host, self.alarm, self.rank, ROWS, DIM, sends_self=False)
+        self.sent = SentProduct(self.one_shot)
         self.exchange = Exchange(pairs, self.alarm, self.rank, MOST_CHOICES)
         self.turns = [draw_turn(turn, self.ranks, self.dtype, self.device or self.mine.device) for turn in range(TURNS)]
 
@@ -89,22 +97,42 @@ class Rank:
                 stream_TD = turn.stream_TD.clone()
                 fused = Residual(stream_TD, turn.weight_D, 1e-5)
                 found += [reduce(part_TD, torch.empty_like(part_TD), fused, turn.bias_D), stream_TD]
+            found += self._send_products(turn)
             scores_S, ids_S = (pairs[:, self.rank].contiguous() for pairs in (turn.scores_SR, turn.ids_SR))
             found.append(self.exchange(scores_S, ids_S, VOCAB - 1))
         return found
 
+    def _send_products(self, turn: Turn) -> list[Tensor]:
+        """Send a product of one row and add it up: alone, then to a residual stream."""
+        x_1K, w_DK = turn.inputs[self.rank], turn.weights[self.rank]
+        stream_1D = turn.stream_TD[:1].clone()
+        self.sent.send(x_1K, w_DK)
+        total_1D = self.sent.add_up(torch.empty_like(stream_1D), None, turn.bias_D)
+        self.sent.send(x_1K, w_DK)
+        fused = Residual(stream_1D, turn.weight_D, 1e-5)
+        return [total_1D, self.sent.add_up(torch.empty_like(stream_1D), fused, turn.bias_D), stream_1D]
+
     def expected(self) -> list[Tensor]:
         wanted = []
         for turn in self.turns:
-            total_TD = torch.stack([part.float() for part in turn.parts]).sum(0).to(self.dtype)
-            if turn.bias_D is not None:
-                total_TD = total_TD + turn.bias_D
-            stream_TD = turn.stream_TD + total_TD
-            x_TD = stream_TD.float()
-            normed_TD = x_TD * (x_TD.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * turn.weight_D.float()
-            wanted += [total_TD, normed_TD.to(self.dtype), stream_TD] * 3
+            wanted += self._sums(turn, turn.parts, turn.stream_TD) * 3
+            products = [
+                (x_1K.float() @ w_DK.float().T).to(self.dtype)
+                for x_1K, w_DK in zip(turn.inputs, turn.weights, strict=True)
+            ]
+            wanted += self._sums(turn, products, turn.stream_TD[:1])
             wanted.append(turn.ids_SR.gather(1, turn.scores_SR.argmax(1, keepdim=True))[:, 0])
         return wanted
+
+    def _sums(self, turn: Turn, parts: list[Tensor], stream_TD: Tensor) -> list[Tensor]:
+        """Return the sum, the norm of the stream that it is added to, and that stream."""
+        total_TD = torch.stack([part.float() for part in parts]).sum(0).to(self.dtype)
+        if turn.bias_D is not None:
+            total_TD = total_TD + turn.bias_D
+        stream_TD = stream_TD + total_TD
+        x_TD = stream_TD.float()
+        normed_TD = x_TD * (x_TD.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * turn.weight_D.float()
+        return [total_TD, normed_TD.to(self.dtype), stream_TD]
 
 
 def compare(found: list[Tensor], wanted: list[Tensor]) -> None:

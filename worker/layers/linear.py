@@ -16,7 +16,7 @@ from mgpu.protocol.model.placement import HeadShard
 from mgpu.protocol.model.weight_format import DENSE, LayerFormats, WeightFormat
 from mgpu.worker.layers.activations import Activations, Product, scaled
 from mgpu.worker.layers.module import Module
-from mgpu.worker.layers.partial_sum import Delta, sum_of_parts, summed_tensor
+from mgpu.worker.layers.partial_sum import Delta, sent_product, sum_of_parts, summed_tensor
 from mgpu.worker.layers.products.choose import dense_product, matmul_float8, multiplies_float8, packed_product
 from mgpu.worker.layers.products.cpu_matmul import matmul_repacked, pack
 from mgpu.worker.layers.products.cpu_packed import CpuWeight, Held, multiply, repack
@@ -248,6 +248,8 @@ class RowParallelLinear(Linear):
         """Return the sum, or this rank's part of it if the next norm adds the parts up."""
         if self.group.size == 1:
             return self._product(x_TI, self.bias)
+        if self.packed is None and (sent := sent_product(x_TI, self.weight, self.bias, self.group)) is not None:
+            return sent
         return sum_of_parts(self.part(x_TI), self.bias, self.group)
 
     def part(self, x_TI: Activations) -> Tensor:

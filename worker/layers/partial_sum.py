@@ -8,6 +8,7 @@ If the ranks reach each other's memory, one kernel adds up, adds to the residual
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from mgpu.worker.layers.activations import Activations, Product, scaled
@@ -46,6 +47,23 @@ class PartialSum:
         return self.group.add_and_norm(residual_TD, self.part_TD, self.bias_D, weight_D, eps)
 
 
+@dataclass(frozen=True, slots=True)
+class SentSum:
+    """The sum over ``group`` of products of one row that the ranks have sent already; the bias is added once."""
+
+    bias_D: Tensor | None
+    group: PeerGroup
+    device: torch.device
+
+    def total(self) -> Tensor:
+        """Add up; every rank must do so."""
+        return self.group.add_sent(self.bias_D, self.device)
+
+    def add_and_norm(self, residual_TD: Tensor, weight_D: Tensor, eps: float, in_float8: bool) -> Activations:
+        """Add the sum to ``residual`` in place and return the normalized stream. One row is never quantized."""
+        return self.group.add_sent_and_norm(residual_TD, self.bias_D, weight_D, eps)
+
+
 Delta = Product | Sum
 """What a layer adds to the residual stream: the whole product, or a sum that is not computed yet."""
 
@@ -61,6 +79,15 @@ def sum_of_parts(part_TD: Tensor, bias_D: Tensor | None, group: TensorParallelGr
             return PartialSum(part_TD, bias_D, peers)
         part_TD = group.all_reduce(part_TD)
     return part_TD if bias_D is None else part_TD.add_(bias_D)
+
+
+def sent_product(x_TI: Activations, w_OI: Tensor, bias_O: Tensor | None, group: TensorParallelGroup) -> Delta | None:
+    """Multiply this rank's part of one row and send it to all ranks while it is computed; None where that cannot be."""
+    peers = peers_of(group)
+    if peers is None or not isinstance(x_TI, Tensor) or not peers.takes_product(x_TI, w_OI):
+        return None
+    peers.send_product(x_TI, w_OI)
+    return SentSum(bias_O, peers, x_TI.device)
 
 
 def summed(delta: Delta) -> Product:

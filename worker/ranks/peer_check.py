@@ -11,6 +11,8 @@ _ROUNDS = 3
 """Each kind of message alternates between two halves of its area: the third round reuses the half of the first."""
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 _FLOAT8_ROWS = 3
+_INPUTS = 2048
+"""Of a product that is tried: its kernels are those of most models' widths."""
 _EPS = 1e-5
 
 
@@ -22,6 +24,8 @@ def peer_problem(group: PeerGroup, device: torch.device) -> str:
             for rows in _row_counts(group):
                 if problem := _check_sums(group, turn, rows, device):
                     return problem
+            if problem := _check_product(group, turn, device):
+                return problem
             if not torch.equal(*_choices(group, turn, device)):
                 return "ranks would choose other tokens"
     except Exception as error:  # a compiler's or driver's failure may be of any type; the other group still serves
@@ -53,6 +57,30 @@ def _check_sums(group: PeerGroup, turn: int, rows: int, device: torch.device) ->
         _error(found, wanted) for found, wanted in ((sum_TD, total_TD), (stream_TD, x_TD), (fused_TD, normed_TD))
     )
     return "" if worst <= _TOLERANCE[dtype] else f"sums of {rows} rows are off by {worst:.1e} of their norm"
+
+
+def _check_product(group: PeerGroup, turn: int, device: torch.device) -> str:
+    """Return what is wrong with products of one row that are sent while they are computed."""
+    dim, dtype = group.limits.dim, group.limits.dtype
+    generator = torch.Generator(device).manual_seed(turn)
+    *inputs, stream_1D, weight_1D = (
+        torch.randn((1, size), generator=generator, device=device).to(dtype)
+        for size in (*[_INPUTS] * group.size, dim, dim)
+    )
+    w_DK = torch.randn((dim, _INPUTS), generator=generator, device=device).to(dtype)
+    if not group.takes_product(inputs[group.rank], w_DK):
+        return ""
+    total_1D = torch.stack([(x_1K.float() @ w_DK.float().T).to(dtype).float() for x_1K in inputs]).sum(0)
+    x_1D = stream_1D.float() + total_1D
+    wanted_1D = x_1D * (x_1D.square().mean(-1, keepdim=True) + _EPS).rsqrt() * weight_1D.float()
+    group.send_product(inputs[group.rank], w_DK)
+    normed_1D = group.add_sent_and_norm(stream_1D, None, weight_1D[0], _EPS)
+    group.send_product(inputs[group.rank], w_DK)
+    sum_1D = group.add_sent(None, device)
+    worst = max(
+        _error(found, wanted) for found, wanted in ((sum_1D, total_1D), (stream_1D, x_1D), (normed_1D, wanted_1D))
+    )
+    return "" if worst <= _TOLERANCE[dtype] else f"sums of sent products are off by {worst:.1e} of their norm"
 
 
 @torch.inference_mode()

@@ -94,6 +94,7 @@ class PeerGroup:
         may be quantized, as a trial has shown."""
         from mgpu.worker.kernels.peers.all_reduce import OneShot
         from mgpu.worker.kernels.peers.exchange import Exchange
+        from mgpu.worker.kernels.peers.sent_product import SentProduct
         from mgpu.worker.kernels.peers.two_shot import TwoShot
 
         self.rank = inner.rank
@@ -106,6 +107,9 @@ class PeerGroup:
         self.exchange = Exchange(pairs, alarm, self.rank, limits.choices)
         sizes = limits.one_shot_rows, limits.dim
         self.one_shot = OneShot(one, alarm, self.rank, *sizes, sends_self=not limits.is_on_host)
+        self._sent = SentProduct(self.one_shot)
+        self._has_sent = False
+        """True between a product that was sent and its sum."""
         self.two_shot = TwoShot(two[0], two[1], alarm, self.rank, limits.two_shot_rows, limits.dim) if two else None
         possible = limits.one_shot_rows if self.two_shot is None else limits.two_shot_rows
         self.most_rows = possible if most_rows is None else most_rows
@@ -148,7 +152,33 @@ class PeerGroup:
         self._kernel(part_TD)(part_TD, words, Residual(residual_TD, weight_D, eps), bias_D, scale_T)
         return as_rows(words, scale_T)
 
+    def takes_product(self, x_TK: Tensor, w_NK: Tensor) -> bool:
+        """Return True if `send_product` takes this product."""
+        from mgpu.worker.kernels.peers.sent_product import takes_product
+
+        return x_TK.dtype is self.limits.dtype and not self._has_sent and takes_product(x_TK, w_NK, self.one_shot)
+
+    def send_product(self, x_1K: Tensor, w_NK: Tensor) -> None:
+        """Multiply this rank's part of one row by w^T and send it to all ranks. `add_sent` must follow."""
+        self._sent.send(x_1K, w_NK)
+        self._has_sent = True
+
+    def add_sent(self, bias_D: Tensor | None, device: torch.device) -> Tensor:
+        """Return the sum of the products that the ranks have sent."""
+        self._has_sent = False
+        out_1D = torch.empty((1, self.limits.dim), dtype=self.limits.dtype, device=device)
+        return self._sent.add_up(out_1D, None, bias_D)
+
+    def add_sent_and_norm(self, residual_1D: Tensor, bias_D: Tensor | None, weight_D: Tensor, eps: float) -> Tensor:
+        """Add the sum of what the ranks have sent to ``residual`` in place; return the normalized sum."""
+        from mgpu.worker.kernels.peers.all_reduce import Residual
+
+        self._has_sent = False
+        residual = Residual(residual_1D, weight_D, eps)
+        return self._sent.add_up(torch.empty_like(residual_1D), residual, bias_D)
+
     def _kernel(self, x_TD: Tensor) -> "OneShot | TwoShot":
+        assert not self._has_sent, "a product that was sent is added up before any other sum"
         return self.one_shot if self.two_shot is None or x_TD.shape[0] <= self.one_shot.rows else self.two_shot
 
     @property

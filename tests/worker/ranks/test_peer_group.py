@@ -14,6 +14,7 @@ from mgpu.protocol.model.layout import Layout, StepLimits
 from mgpu.protocol.model.placement import PlacementPlan, Stage
 from mgpu.protocol.model.shared_memory_layout import PAGE, shared_layout
 from mgpu.worker.kernels.peers.memory import PeerAlarm, buffer_bytes, cut
+from mgpu.worker.layers.products import cpu_matmul
 from mgpu.worker.ranks.collectives import DistGroup, MeasurableGroup, SingleRank, ThroughHost
 from mgpu.worker.ranks.peer_group import MOST_ROWS, PeerGroup, ReduceLimits, area_shapes, captured_rows, peers_of
 from mgpu.worker.ranks.peer_setup import SWITCH, PeerSetup, refusal
@@ -133,8 +134,26 @@ class FusedThreads:
 
     in_float8 = False
 
+    products = 0
+
     def __init__(self, group: ThreadGroup) -> None:
         self._group = group
+        self._sent: list[Tensor] = []
+
+    def takes_product(self, x_TK: Tensor, w_NK: Tensor) -> bool:
+        return len(x_TK) == 1 and w_NK.shape[-1] == x_TK.shape[1]
+
+    def send_product(self, x_1K: Tensor, w_NK: Tensor) -> None:
+        assert not self._sent
+        type(self).products += 1
+        self._sent.append(cpu_matmul.matmul(x_1K, w_NK))
+
+    def add_sent(self, bias_D: Tensor | None, device: torch.device) -> Tensor:
+        total_1D = self._group.all_reduce(self._sent.pop())
+        return total_1D if bias_D is None else total_1D + bias_D
+
+    def add_sent_and_norm(self, residual_1D: Tensor, bias_D: Tensor | None, weight_D: Tensor, eps: float) -> Tensor:
+        return self.add_and_norm(residual_1D, self._sent.pop(), bias_D, weight_D, eps)
 
     def takes(self, x: Tensor) -> bool:
         return len(x) < 4
@@ -155,4 +174,34 @@ def test_norms_that_add_up_give_the_logits_of_sums(tmp_path: Path, monkeypatch: 
     ids, chunks = list(range(3, 13)), [5, 1, 3, 1]  # sums of both kinds
     expected = logits_in_chunks(checkpoint, ids, chunks, tp_size=2)
     monkeypatch.setattr("mgpu.worker.layers.partial_sum.peers_of", FusedThreads)
+    monkeypatch.setattr(FusedThreads, "products", 0)
     torch.testing.assert_close(logits_in_chunks(checkpoint, ids, chunks, tp_size=2), expected)
+    assert FusedThreads.products > 0, "no product of one row was sent while it was computed"
+
+
+def test_a_product_is_sent_where_its_row_goes_through_memory_of_peers() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    group = one_rank(ReduceLimits(1, 64, torch.float32, one_shot_rows=4, two_shot_rows=4))
+    x_1K, w_DK = torch.randn(1, 32), torch.randn(64, 32)
+    assert group.takes_product(x_1K, w_DK)
+    assert not group.takes_product(torch.randn(2, 32), w_DK)
+    assert not group.takes_product(x_1K, torch.randn(48, 32))
+    assert not group.takes_product(x_1K.half(), w_DK.half())
+    assert not group.takes_product(x_1K, torch.empty(0)), "a quantized layer has no dense weight"
+    on_host = ReduceLimits(1, 64, torch.float32, one_shot_rows=4, two_shot_rows=4, is_on_host=True)
+    assert not one_rank(on_host).takes_product(x_1K, w_DK)
+    group.send_product(x_1K, w_DK)
+    assert not group.takes_product(x_1K, w_DK), "the first one is not added up yet"
+    with pytest.raises(AssertionError, match="added up before"):
+        group.all_reduce(torch.zeros(1, 64))
+    torch.testing.assert_close(group.add_sent(None, CPU), x_1K @ w_DK.T)
+    assert group.takes_product(x_1K, w_DK)
+
+
+def one_rank(limits: ReduceLimits) -> PeerGroup:
+    """Return a group of this process alone, whose kernels are interpreted."""
+    shapes = area_shapes(limits)
+    buffer = torch.zeros(buffer_bytes(shapes), dtype=torch.uint8)
+    alarm = PeerAlarm(torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), 100)
+    library = DistGroup(None, 0, limits.ranks)  # type: ignore[arg-type]
+    return PeerGroup(library, cut(buffer, [buffer.data_ptr()], shapes), alarm, limits)

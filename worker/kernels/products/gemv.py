@@ -66,7 +66,8 @@ def store_outputs(y, rows, bias_ptr, y_ptr, N, GATE: tl.constexpr, BLOCK_N: tl.c
 
 
 @triton.jit
-def _load_weights(w_ptr, rows, ks, K, EVEN_K: tl.constexpr):
+def load_weights(w_ptr, rows, ks, K, EVEN_K: tl.constexpr):
+    """Load columns ``ks`` of these rows of the weight."""
     ptrs = w_ptr + rows[:, None] * K + ks[None, :]
     if not EVEN_K:  # noqa: SIM108 - compile-time condition
         w = tl.load(ptrs, mask=ks[None, :] < K, other=0.0)
@@ -76,25 +77,34 @@ def _load_weights(w_ptr, rows, ks, K, EVEN_K: tl.constexpr):
 
 
 @triton.jit
-def _gemv_kernel(
-    x_ptr, w_ptr, bias_ptr, y_ptr, N, K,
-    GATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, OVERLAP: tl.constexpr,
+def multiply_rows(
+    w, x_ptr, w_ptr, rows, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    rows = weight_rows(N, GATE, BLOCK_N)
+    """Return the products of x and these rows of the weight, of which ``w`` has the first ``BLOCK_K`` columns."""
     k = tl.arange(0, BLOCK_K)
-    w = _load_weights(w_ptr, rows, k, K, EVEN_K)
-    wait_for_inputs(OVERLAP)
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for k0 in range(0, K, BLOCK_K):
         ks = k0 + k
         if k0 > 0:
-            w = _load_weights(w_ptr, rows, ks, K, EVEN_K)
+            w = load_weights(w_ptr, rows, ks, K, EVEN_K)
         if EVEN_K:  # noqa: SIM108 - compile-time condition
             x = tl.load(x_ptr + ks).to(tl.float32)
         else:
             x = tl.load(x_ptr + ks, mask=ks < K, other=0.0).to(tl.float32)
         acc += w.to(tl.float32) * x[None, :]
-    store_outputs(tl.sum(acc, 1), rows, bias_ptr, y_ptr, N, GATE, BLOCK_N)
+    return tl.sum(acc, 1)
+
+
+@triton.jit
+def _gemv_kernel(
+    x_ptr, w_ptr, bias_ptr, y_ptr, N, K,
+    GATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    rows = weight_rows(N, GATE, BLOCK_N)
+    w = load_weights(w_ptr, rows, tl.arange(0, BLOCK_K), K, EVEN_K)
+    wait_for_inputs(OVERLAP)
+    y = multiply_rows(w, x_ptr, w_ptr, rows, K, BLOCK_N, BLOCK_K, EVEN_K)
+    store_outputs(y, rows, bias_ptr, y_ptr, N, GATE, BLOCK_N)
 
 
 def choose_tiling(n: int, k: int, gated: bool) -> GemvTiling:
