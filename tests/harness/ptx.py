@@ -6,7 +6,6 @@ from collections.abc import Mapping
 import torch
 
 _HALVES = torch.bfloat16
-_ALL = 0xFFFFFFFF
 
 
 def run_ptx(text: str, registers: Mapping[str, int]) -> dict[str, int]:
@@ -27,14 +26,11 @@ def run_ptx(text: str, registers: Mapping[str, int]) -> dict[str, int]:
 def _result(name: str, given: list[int]) -> int:
     if name == "mov.b32":
         return given[0]
-    if name == "shr.u32":
-        return given[0] >> given[1]
+    if name == "and.b32":
+        return given[0] & given[1]
     if name == "prmt.b32":
         octets = (given[0] | given[1] << 32).to_bytes(8, "little")
         return int.from_bytes(bytes(octets[given[2] >> 4 * place & 7] for place in range(4)), "little")
-    if name == "lop3.b32":
-        assert given[3] == 0xEA, "a & b | c"
-        return (given[0] & given[1] | given[2]) & _ALL
     if name == "fma.rn.bf16x2":
         a, b, c = (_pair(each) for each in given)
         return _bits((a.double() * b.double() + c.double()).to(_HALVES))

@@ -14,7 +14,7 @@ from harness.ptx import run_ptx
 from mgpu.protocol.checkpoint.quantized.gguf import GGUF_FORMATS
 from mgpu.protocol.model.weight_format import WeightFormat
 from mgpu.worker.kernels.products.warpgroup import gemm, trial
-from mgpu.worker.kernels.products.warpgroup.widen import assembly
+from mgpu.worker.kernels.products.warpgroup.widen import PAIR_FACTORS, assembly
 from mgpu.worker.kernels.runtime import LAUNCH_MODE
 from mgpu.worker.quantization.packing import PackedWeight, dequantize, pack_int4
 from mgpu.worker.quantization.random_packed import random_packed
@@ -50,32 +50,37 @@ def halves(word: int) -> list[float]:
     return torch.tensor([word & 0xFFFF, word >> 16], dtype=torch.int32).to(torch.uint16).view(torch.bfloat16).tolist()
 
 
+def doubled(number: float) -> int:
+    return bits(number) * 0x10001
+
+
 @pytest.mark.parametrize("byte", range(4))
-def test_pairs_are_widened_to_scale_times_code_plus_offset(byte: int) -> None:
-    words, scales, offsets = (0x1F3A5C7E, 0xE081D4F2), (0.0371, 1.25), (-0.81, 3.0)
-    packed = [bits(scale) | bits(offset) << 16 for scale, offset in zip(scales, offsets, strict=True)]
-    given = dict(zip(("$2", "$3", "$4", "$5", "$6", "$7"), (*words, *packed, *packed), strict=True))
-    found = run_ptx(assembly(byte, True), given)
+@pytest.mark.parametrize(("scale", "offset"), [(0.0371, -0.81), (1.25, 3.0), (-2e-5, 1e-4), (0.0, 0.5), (700.0, -9.0)])
+def test_pairs_are_widened_to_scale_times_code_plus_offset(byte: int, scale: float, offset: float) -> None:
+    words, pair = (0x1F3A5C7E, 0xE081D4F2), bits(scale) | bits(offset) << 16
+    factors = run_ptx(PAIR_FACTORS.value, {"$3": pair})
+    given = dict(zip(("$2", "$3"), words, strict=True))
+    for first, name in (("$4", "$0"), ("$6", "$1"), ("$8", "$2")):
+        given[first] = factors[name]
+    found = run_ptx(assembly(byte), given)
+    scale, offset = (float(torch.tensor(number).bfloat16()) for number in (scale, offset))
     for part, name in ((2 * byte, "$0"), (2 * byte + 1, "$1")):
-        codes = [(word >> 4 * part & 15) - 8 for word in words]
-        numbers = torch.tensor(codes) * torch.tensor(scales).bfloat16().double()
-        expected = (numbers + torch.tensor(offsets).bfloat16().double()).bfloat16()
-        assert halves(found[name]) == expected.tolist()
+        exact = [((word >> 4 * part & 15) - 8) * scale + offset for word in words]
+        got = [number * 65536 for number in halves(found[name])]
+        # What is added is rounded, and so is the sum.
+        assert got == pytest.approx(exact, abs=2**-8 * (abs(offset - 8 * scale) + max(map(abs, exact))))
 
 
-@pytest.mark.parametrize("zero", [-8, 0, 5, 120])
-def test_groups_are_widened_as_from_a_scale_of_sixteen_bits(zero: int) -> None:
-    words, scale = (0x1F3A5C7E, 0xE081D4F2), 0.0371093
-    rest = bits(scale - float(torch.tensor(scale).bfloat16()))
-    middle = bits(-136 - zero) * 0x10001
-    factors = bits(scale) | rest << 16
-    given = {"$2": words[0], "$3": words[1], "$4": factors, "$5": factors, "$6": middle, "$7": middle}
+def test_a_middle_code_has_no_error_of_its_scale() -> None:
+    """The scale of a checkpoint is rounded to bfloat16, and what is added makes up for it where most codes are."""
+    scale, zero = 0.0371093, 3
+    near = float(torch.tensor(scale).bfloat16())
+    added = (-8 * near - zero * scale) / 65536
+    given = {"$2": 0x88888888, "$3": 0x88888888, "$4": doubled(near * 2.0**117), "$6": doubled(near * 2.0**113)}
     for byte in range(4):
-        found = run_ptx(assembly(byte, False), given)
-        for part, name in ((2 * byte, "$0"), (2 * byte + 1, "$1")):
-            exact = [((word >> 4 * part & 15) - 8 - zero) * scale for word in words]
-            # The nearest bfloat16, or now and then its neighbour.
-            assert halves(found[name]) == pytest.approx(exact, rel=2**-8 + 2**-16)
+        found = run_ptx(assembly(byte), given | {"$8": doubled(added)})
+        for name in ("$0", "$1"):
+            assert [number * 65536 for number in halves(found[name])] == pytest.approx([-zero * scale] * 2, rel=0.02)
 
 
 def test_they_compile_for_hopper() -> None:

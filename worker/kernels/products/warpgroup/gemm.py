@@ -7,10 +7,11 @@ of a block of words, the next two are widened; `quantized_gemm`, in plain Triton
 of words and one of activations are filled ahead by asynchronous copies.
 
 The loop has quarters of a block: a byte of each word, 64 of 256 inputs. A step, the unit of copies and barriers, is
-one, two or four of them. Its theory, for D = STAGES - 1 steps ahead: before step s, the copies that were begun before
+one, two or four of them. Its theory, for D = STAGES - 2 steps ahead: before step s, the copies that were begun before
 step s - D + 1 are done. Those are the activations of step s, and, since words are begun earlier than activations, the
-words that are read at the end of step s for the next block. A slot is filled again only after a barrier that all warps
-reach after their last read of it.
+words that are read at the end of step s for the next block. The products of a quarter are waited for in the next one,
+so that the tensor core has work during barriers. At the barrier of step s, those of step s - 2 are done in all warps,
+and its slot is filled again; a slot of words was read before an earlier barrier.
 """
 
 # M rows of activations, N output channels, K input channels
@@ -25,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from mgpu.worker.kernels.layers.arrange import arrange_rows
-from mgpu.worker.kernels.products.warpgroup.widen import GROUPS, PAIRS, load_factors, widen, word_layouts
+from mgpu.worker.kernels.products.warpgroup.widen import GROUPS, PAIRS, SUM_FACTOR, load_factors, widen, word_layouts
 from mgpu.worker.kernels.runtime import (
     Workspace,
     ceil_div,
@@ -98,7 +99,8 @@ def _warpgroup_gemm_kernel(
     WIDE_COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
     NARROW_COPY: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [num_warps, 1], [1, 0])
     ROW_COPY: gl.constexpr = WIDE_COPY if ARRANGED else NARROW_COPY
-    AHEAD: gl.constexpr = STAGES - 1
+    AHEAD: gl.constexpr = STAGES - 2
+    LOAD_AT: gl.constexpr = 3 if BLOCK_M > 128 else 0  # late where registers are scarce
     WORD_SLOTS: gl.constexpr = STAGES if QUARTERS == 4 else 2
     STEPS: gl.constexpr = 4 // QUARTERS
     tile, split = gl.program_id(0), gl.program_id(1)
@@ -130,17 +132,17 @@ def _warpgroup_gemm_kernel(
         if first_step + step < last_step:
             _copy_rows(xs, x_ptrs, x_mask, step, first_step + step, QUARTERS, ARRANGED)
         async_copy.commit_group()
-    factors, middles = load_factors(scale_ptr, zero_ptr, first_n, N, groups, begin, KIND, GROUP, BLOCK_N, WORDS, RUNS)
+    low_scale, high_scale, offset = load_factors(
+        scale_ptr, zero_ptr, first_n, N, groups, begin, KIND, GROUP, BLOCK_N, WORDS, RUNS
+    )
     async_copy.wait_group(AHEAD - 1)
     gl.thread_barrier()
     words = ws.index(0).load(WORDS)
-    low, high = widen(words, factors, middles, 0, KIND, OPERAND)
+    low, high = widen(words, low_scale, high_scale, offset, 0, OPERAND)
+    last_low, last_high = low, high
     acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SUMS)
     for block in range(begin, end):
         i = block - begin
-        next_factors, next_middles = load_factors(
-            scale_ptr, zero_ptr, first_n, N, groups, block + 1, KIND, GROUP, BLOCK_N, WORDS, RUNS
-        )
         for quarter in gl.static_range(4):
             if quarter % QUARTERS == 0:
                 async_copy.wait_group(AHEAD - 1)
@@ -154,16 +156,22 @@ def _warpgroup_gemm_kernel(
                         source = w_ptrs + (block + WORD_SLOTS) * 32
                         async_copy.async_copy_global_to_shared(ws.index(i % WORD_SLOTS), source)
                 async_copy.commit_group()
+            if quarter == LOAD_AT:
+                next_low_scale, next_high_scale, next_offset = load_factors(
+                    scale_ptr, zero_ptr, first_n, N, groups, block + 1, KIND, GROUP, BLOCK_N, WORDS, RUNS
+                )
             x = xs.index((i * 4 + quarter) % (STAGES * QUARTERS)).permute((1, 0))
             acc = warpgroup_mma(low, x.slice(0, 32, dim=0), acc, is_async=True)
             acc = warpgroup_mma(high, x.slice(32, 32, dim=0), acc, is_async=True)
             if quarter == 3:
                 words = ws.index((i + 1) % WORD_SLOTS).load(WORDS)
-                factors, middles = next_factors, next_middles
-            next_low, next_high = widen(words, factors, middles, (quarter + 1) % 4, KIND, OPERAND)
-            acc, _, _ = warpgroup_mma_wait(0, deps=[acc, low, high])
-            low, high = next_low, next_high
+                low_scale, high_scale, offset = next_low_scale, next_high_scale, next_offset
+            acc, _, _ = warpgroup_mma_wait(2, deps=[acc, last_low, last_high])
+            last_low, last_high = low, high
+            low, high = widen(words, low_scale, high_scale, offset, (quarter + 1) % 4, OPERAND)
 
+    acc, _, _ = warpgroup_mma_wait(0, deps=[acc, last_low, last_high])
+    acc *= SUM_FACTOR
     async_copy.wait_group(0)
     n = first_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, SUMS))
     m = first_m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SUMS))
@@ -183,9 +191,7 @@ def choose_tiling(rows: int, n: int) -> WarpgroupTiling:
     """Pick tiles as measured on an H200 (docs/kernels.md)."""
     block_m, splits = min(MAX_ROWS, max(8, power_of_2(rows))), 1 if n > 8192 else 4
     if rows <= 16:
-        return WarpgroupTiling(64, block_m, splits, 4, 3, 4)
-    if rows <= 64:
-        return WarpgroupTiling(64, block_m, splits, 4, 2, 4)
+        return WarpgroupTiling(64, block_m, splits, 4, 4, 4)
     if rows <= 128:
         return WarpgroupTiling(64, block_m, splits, 4, 3, 2)
     return WarpgroupTiling(128, block_m, splits, 8, 5, 1)
@@ -204,7 +210,8 @@ def warpgroup_gemm(
     tiling = tiling or choose_tiling(rows, n)
     blocks = words_per_row // WORDS
     out_MN = torch.empty(rows, n, dtype=x_MK.dtype, device=x_MK.device)
-    is_arranged = rows > FEW_ROWS or x_MK.shape[1] != words_per_row * 8
+    is_even = x_MK.shape[1] == words_per_row * 8 and x_MK.stride(0) % 16 == 0 and x_MK.data_ptr() % 16 == 0
+    is_arranged = rows > FEW_ROWS or not is_even
     if is_arranged:
         x_MK = arrange_rows(x_MK, words_per_row * 8)
     row_tiles = ceil_div(rows, tiling.block_m)

@@ -1,13 +1,18 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
 """Words of eight 4-bit codes as operands of a warpgroup's product, widened where the tensor core reads them.
 
-Part i of the neighbouring words j and j + 1 is a pair of bfloat16, and a thread holds the pairs that one instruction of
-the tensor core reads from it. So no weight goes through shared memory after it is widened.
+Part i of the neighbouring words j and j + 1 is a pair of bfloat16, and a thread holds the pairs that one instruction
+of the tensor core reads from it. So no weight goes through shared memory after it is widened.
 
-- `PAIRS`, the int4 of ``--quant 4``: scale and offset in bfloat16. A weight is rounded once: q * scale + offset.
-- `GROUPS`, the int4 of checkpoints: (q - zero) * scale, with a scale of 16 or 32 bits. The scale is the sum of two
-  bfloat16, and the smaller product is added to the larger one, so that a weight is rounded as from float32 but for one
-  in some hundreds, which may be off by its last bit.
+A code stays where it is in its word: in the lowest four bits of a half it is the bfloat16 ``code * 2^-133``, in the
+next four ``code * 2^-129``. Both are below the smallest normal number or just above it, where neighbours have the same
+distance. One multiplication by ``scale * 2^117`` or ``scale * 2^113`` and one addition make it a weight times 2^-16,
+in a single instruction for two weights. What is added, ``(offset - 8 * scale) * 2^-16``, is rounded to bfloat16 as
+well, so a weight is off by up to two roundings. Sums are multiplied by `SUM_FACTOR`.
+
+- `PAIRS`, the int4 of ``--quant 4``: scale and offset are a word of two bfloat16.
+- `GROUPS`, the int4 of checkpoints: (q - zero) * scale, with a scale of 16 or 32 bits. What rounding the scale to
+  bfloat16 changes is made up for in the offset, for the middle code.
 """
 
 from triton.experimental import gluon
@@ -16,23 +21,26 @@ from triton.experimental.gluon import language as gl
 PAIRS, GROUPS = gl.constexpr(0), gl.constexpr(1)
 
 
+SUM_FACTOR = gl.constexpr(65536.0)
+"""Weights are 2^-16 of what they stand for, so that their factors are numbers of bfloat16 for scales below 1024."""
+
+
 @gluon.constexpr_function
-def assembly(byte, is_pair):
+def assembly(byte):
     """Return the instructions that widen the two parts in a byte of two words ($2 and $3)."""
-    # bfloat16 0x4300 is 128 and its neighbours are 1 apart. -0.0 is the addend that changes no product.
-    if is_pair:
-        start = "mov.b32 m, 0xC308C308; prmt.b32 s, $4, $5, 0x5410; prmt.b32 o, $4, $5, 0x7632;"
-        each = "fma.rn.bf16x2 a, a, one, m; fma.rn.bf16x2 {0}, a, s, o;"
-    else:
-        start = "mov.b32 m, $6; mov.b32 o, 0x80008000; prmt.b32 s, $4, $4, 0x1010; prmt.b32 r, $4, $4, 0x3232;"
-        each = "fma.rn.bf16x2 a, a, one, m; fma.rn.bf16x2 t, a, r, o; fma.rn.bf16x2 {0}, a, s, t;"
     selector = ("0x7440", "0x7551", "0x7662", "0x7773")[byte]
-    nibbles = "lop3.b32 a, w, 0x000f000f, 0x43004300, 0xEA;"
     return (
-        "{ .reg .b32 w, a, s, o, m, r, t, one; mov.b32 one, 0x3F803F80;" + start
-        + f"prmt.b32 w, $2, $3, {selector};" + nibbles + each.format("$0")
-        + "shr.u32 w, w, 4;" + nibbles + each.format("$1") + "}"
-    )  # fmt: skip
+        f"{{ .reg .b32 w, a, b; prmt.b32 w, $2, $3, {selector}; and.b32 a, w, 0x000f000f; and.b32 b, w, 0x00f000f0;"
+        "fma.rn.bf16x2 $0, a, $4, $8; fma.rn.bf16x2 $1, b, $6, $8; }"
+    )
+
+
+# From a scale and an offset: scale * 2^117, scale * 2^113 and (offset - 8 * scale) * 2^-16, each twice.
+PAIR_FACTORS = gl.constexpr(
+    "{ .reg .b32 s, o, c, z; mov.b32 z, 0x80008000; prmt.b32 s, $3, $3, 0x1010; prmt.b32 o, $3, $3, 0x3232;"
+    "mov.b32 c, 0x7A007A00; fma.rn.bf16x2 $0, s, c, z; mov.b32 c, 0x78007800; fma.rn.bf16x2 $1, s, c, z;"
+    "mov.b32 c, 0xC100C100; fma.rn.bf16x2 o, s, c, o; mov.b32 c, 0x37803780; fma.rn.bf16x2 $2, o, c, z; }"
+)
 
 
 def word_layouts(block_n: int, num_warps: int) -> tuple[object, object]:
@@ -58,8 +66,9 @@ def _of_words(per_run, ROWS: gl.constexpr, WORDS: gl.constexpr, RUNS: gl.constex
 
 
 @gluon.jit
-def _bits(numbers):
-    return numbers.to(gl.bfloat16).to(gl.uint16, bitcast=True).to(gl.int32)
+def _twice(numbers):
+    """Return each number as bfloat16 in both halves of a word."""
+    return numbers.to(gl.bfloat16).to(gl.uint16, bitcast=True).to(gl.int32) * 0x10001
 
 
 @gluon.jit
@@ -67,29 +76,34 @@ def load_factors(
     scale_ptr, zero_ptr, first_row, N, groups, block,
     KIND: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr, WORDS: gl.constexpr, RUNS: gl.constexpr,
 ):  # fmt: skip
-    """Return two numbers for each word of a block of 256 inputs: a pair, twice; or a scale, and what codes lack."""
+    """Return what the lower and the upper codes of each word's bytes are multiplied by, and what is added."""
     rows = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, gl.SliceLayout(2, RUNS)))
     run = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, RUNS)))
     group = gl.minimum((block * 256 + run * 32) // GROUP, groups - 1) if GROUP > 0 else run * 0
     places = gl.expand_dims(gl.minimum(rows, N - 1), 1) * groups + gl.expand_dims(group, 0)
     if KIND == PAIRS:
-        pairs = _of_words(gl.load(scale_ptr + places), ROWS, WORDS, RUNS)
-        return pairs, pairs
-    scale = gl.load(scale_ptr + places).to(gl.float32)
-    rest = scale - scale.to(gl.bfloat16).to(gl.float32)
-    middle = scale * 0.0 - 136.0
-    if zero_ptr is not None:
-        middle -= gl.load(zero_ptr + places).to(gl.float32)
-    scales = _of_words(_bits(scale) | (_bits(rest) << 16), ROWS, WORDS, RUNS)
-    return scales, _of_words(_bits(middle) * 0x10001, ROWS, WORDS, RUNS)
+        types: gl.constexpr = (gl.int32, gl.int32, gl.int32)
+        low, high, offset = gl.inline_asm_elementwise(
+            PAIR_FACTORS, "=r,=r,=r,r", [gl.load(scale_ptr + places)], dtype=types, is_pure=True, pack=1
+        )
+    else:
+        scale = gl.load(scale_ptr + places).to(gl.float32)
+        near = scale.to(gl.bfloat16).to(gl.float32)
+        added = -8.0 * near
+        if zero_ptr is not None:
+            added -= gl.load(zero_ptr + places).to(gl.float32) * scale
+        low, high = _twice(near * 1.661534994731145e35), _twice(near * 1.0384593717069655e34)  # 2^117 and 2^113
+        offset = _twice(added / SUM_FACTOR)
+    return _of_words(low, ROWS, WORDS, RUNS), _of_words(high, ROWS, WORDS, RUNS), _of_words(offset, ROWS, WORDS, RUNS)
 
 
 @gluon.jit
-def widen(words, factors, middles, BYTE: gl.constexpr, KIND: gl.constexpr, OPERAND: gl.constexpr):
-    """Return parts 2 * BYTE and 2 * BYTE + 1 of each word as bfloat16 operands [rows, 32]."""
-    TEXT: gl.constexpr = assembly(BYTE, KIND == PAIRS)
+def widen(words, low_scale, high_scale, offset, BYTE: gl.constexpr, OPERAND: gl.constexpr):
+    """Return parts 2 * BYTE and 2 * BYTE + 1 of each word as bfloat16 operands [rows, 32], divided by `SUM_FACTOR`."""
+    TEXT: gl.constexpr = assembly(BYTE)
+    given = [words, low_scale, high_scale, offset]
     low, high = gl.inline_asm_elementwise(
-        TEXT, "=r,=r,r,r,r,r,r,r", [words, factors, middles], dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=2
+        TEXT, "=r,=r,r,r,r,r,r,r,r,r", given, dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=2
     )
     low = gl.convert_layout(low, OPERAND, assert_trivial=True)
     return low, gl.convert_layout(high, OPERAND, assert_trivial=True)
