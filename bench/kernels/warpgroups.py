@@ -11,6 +11,7 @@ import argparse
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -41,11 +42,14 @@ def tilings(rows: int) -> list[WarpgroupTiling]:
     block_m = choose_tiling(rows, 4096).block_m
     if rows <= 16:
         return [T(64, block_m, s, 4, n, 4) for s in SPLITS for n in (3, 4)]
-    if rows <= 64:
-        return [T(64, block_m, s, 4, 2, 4) for s in SPLITS] + [T(128, block_m, s, 8, 3, 4) for s in SPLITS]
     if rows <= 128:
-        return [T(128, 128, s, 8, 3, 2) for s in SPLITS] + [T(64, 128, s, 4, 3, 2) for s in SPLITS]
+        return [T(64, block_m, s, 4, n, q) for s in SPLITS for n, q in ((3, 2), (4, 2), (3, 4), (6, 1))]
     return [T(128, 256, s, 8, 5, 1) for s in SPLITS] + [T(64, 256, s, 4, 3, 1) for s in SPLITS]
+
+
+@cache
+def scratch() -> Workspace:
+    return Workspace.create(torch.device("cuda"), 1 << 26)
 
 
 def make_weight(form: str, n: int, k: int) -> PackedWeight:
@@ -71,7 +75,7 @@ def ways(form: str, rows: int, n: int, sweep: bool) -> Iterator[tuple[str, Calla
         return
     for tiling in tilings(rows) if sweep else [choose_tiling(rows, n)]:
         name = ",".join(map(str, astuple(tiling)))
-        yield name, lambda x, w, t=tiling: warpgroup_gemm(x, w, tiling=t, workspace=SCRATCH)  # type: ignore[misc]
+        yield name, lambda x, w, t=tiling: warpgroup_gemm(x, w, tiling=t, workspace=scratch())
 
 
 def measure(form: str, shape: str, rows: int, sweep: bool) -> str:
@@ -92,7 +96,6 @@ def measure(form: str, shape: str, rows: int, sweep: bool) -> str:
 
 @torch.inference_mode()
 def main() -> None:
-    global SCRATCH
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=numbers, default=[1, 8, 16, 64, 128, 256])
     parser.add_argument("--forms", default="int4,GPTQ,FP8", help="int4 (of --quant 4), GPTQ, FP8 (blocks)")
@@ -104,7 +107,6 @@ def main() -> None:
         cases = itertools.product(set(forms) - {"FP8"}, options.rows)
         for problem in compile_all([(compile_tiling, (f, r, t)) for f, r in cases for t in tilings(r)]):
             print(problem)
-    SCRATCH = Workspace.create(torch.device("cuda"), 1 << 26)
     for form, shape, rows in itertools.product(forms, list(SHAPES)[:4], options.rows):
         print(f"{form} {shape}, {rows} rows: {measure(form, shape, rows, options.sweep)}", flush=True)
 
