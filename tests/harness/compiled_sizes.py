@@ -139,9 +139,7 @@ FLOAT8: tuple[Case, ...] = (
 """What needs no instruction that converts float8."""
 WARPGROUPS: tuple[Case, ...] = (
     (multiply_words, (WeightFormat("4", 32), 1, 128)),
-    (multiply_words, (WeightFormat("4", 32), 64, 128)),
-    (multiply_words, (WeightFormat("4", 128, 1, 2, 1, False, "groups"), 128, 128)),
-    (multiply_words, (WeightFormat("4", 128, 1, 2, 1, False, "groups"), 256, 128)),
+    (multiply_words, (WeightFormat("4", 128, 1, 2, 1, False, "groups"), 64, 128)),
 )
 
 
