@@ -39,7 +39,7 @@ T = WarpgroupTiling
 
 def tilings(rows: int) -> list[WarpgroupTiling]:
     """Return the tilings to try: outputs, rows, splits, warps, stages, quarters."""
-    block_m = choose_tiling(rows, 4096).block_m
+    block_m = choose_tiling(rows, 4096, 4096).block_m
     if rows <= 16:
         return [T(64, block_m, s, 4, n, 4) for s in SPLITS for n in (3, 4)]
     if rows <= 128:
@@ -68,12 +68,14 @@ def compile_tiling(device: torch.device, form: str, rows: int, tiling: Warpgroup
     warpgroup_gemm(x, weight, tiling=tiling, workspace=Workspace.create(device, 1 << 25))
 
 
-def ways(form: str, rows: int, n: int, sweep: bool) -> Iterator[tuple[str, Callable[[Tensor, PackedWeight], Tensor]]]:
+def ways(
+    form: str, rows: int, n: int, k: int, sweep: bool
+) -> Iterator[tuple[str, Callable[[Tensor, PackedWeight], Tensor]]]:
     yield "chosen", quantized_matmul
     if form == "FP8":
         yield "in blocks", block_product
         return
-    for tiling in tilings(rows) if sweep else [choose_tiling(rows, n)]:
+    for tiling in tilings(rows) if sweep else [choose_tiling(rows, n, k)]:
         name = ",".join(map(str, astuple(tiling)))
         yield name, lambda x, w, t=tiling: warpgroup_gemm(x, w, tiling=t, workspace=scratch())
 
@@ -85,7 +87,7 @@ def measure(form: str, shape: str, rows: int, sweep: bool) -> str:
     expected = x.float() @ dequantize_packed(weights[0], torch.float32).T
     dense = [dequantize_packed(weight, BF16) for weight in weights[:4]]
     found = [(graph_us(rotate(dense, lambda w: F.linear(x, w)), 3), "bf16", 0.0)]
-    for name, multiply in ways(form, rows, n, sweep):
+    for name, multiply in ways(form, rows, n, k, sweep):
         try:
             error = relative_error(multiply(x, weights[0]), expected)
             found.append((graph_us(rotate(weights, lambda w: multiply(x, w)), 3), name, error))

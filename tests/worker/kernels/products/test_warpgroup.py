@@ -97,7 +97,7 @@ def test_they_compile_for_hopper() -> None:
 @pytest.mark.parametrize("rows", [1, 8, 17, 64, 65, 128, 129, 256])
 @pytest.mark.parametrize("outputs", [1024, 28672])
 def test_the_rings_of_a_tile_fit_into_shared_memory(rows: int, outputs: int) -> None:
-    tiling = gemm.choose_tiling(rows, outputs)
+    tiling = gemm.choose_tiling(rows, outputs, 4096)
     slots = tiling.stages if tiling.quarters == 4 else 2
     words, activations = tiling.block_n * 32 * 4, tiling.block_m * 64 * 2 * tiling.quarters
     assert slots * words + tiling.stages * activations <= (227 << 10) - 1024

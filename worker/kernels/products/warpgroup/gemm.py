@@ -187,14 +187,14 @@ def _warpgroup_gemm_kernel(
         gl.store(y_ptrs, acc.to(gl.bfloat16), mask=mask)
 
 
-def choose_tiling(rows: int, n: int) -> WarpgroupTiling:
+def choose_tiling(rows: int, n: int, k: int) -> WarpgroupTiling:
     """Pick tiles as measured on an H200 (docs/kernels.md)."""
-    block_m, splits = min(MAX_ROWS, max(8, power_of_2(rows))), 1 if n > 8192 else 4
+    block_m, is_wide = min(MAX_ROWS, max(8, power_of_2(rows))), n > 8192
     if rows <= 16:
-        return WarpgroupTiling(64, block_m, splits, 4, 4, 4)
+        return WarpgroupTiling(64, block_m, 1 if is_wide else 4, 4, 3, 4)
     if rows <= 128:
-        return WarpgroupTiling(64, block_m, splits, 4, 3, 2)
-    return WarpgroupTiling(128, block_m, splits, 8, 5, 1)
+        return WarpgroupTiling(64, block_m, 1 if n > 4096 else 4, 4, 4, 2 if rows <= 64 else 1)
+    return WarpgroupTiling(128, block_m, 1 if is_wide else 4 if k > 8192 else 2, 8, 5, 1)
 
 
 def warpgroup_gemm(
@@ -207,7 +207,7 @@ def warpgroup_gemm(
 ) -> Tensor:
     """Multiply rows (bfloat16) by the dequantized weight's transpose, in float32; see `trial.takes_words`."""
     rows, n, words_per_row = len(x_MK), *weight.words.shape
-    tiling = tiling or choose_tiling(rows, n)
+    tiling = tiling or choose_tiling(rows, n, weight.k)
     blocks = words_per_row // WORDS
     out_MN = torch.empty(rows, n, dtype=x_MK.dtype, device=x_MK.device)
     is_even = x_MK.shape[1] == words_per_row * 8 and x_MK.stride(0) % 16 == 0 and x_MK.data_ptr() % 16 == 0
