@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 import resource
 import socket
+import ssl
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -123,8 +124,23 @@ class _Server(uvicorn.Server):
         self._report = report
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        if self.config.ssl is not None:
+            self._bound_handshakes(self.config.ssl)
         await super().startup(sockets)
         self._report()
+
+    def _bound_handshakes(self, context: ssl.SSLContext) -> None:
+        """Let connections be accepted without TLS, and begin it where they are counted."""
+        try:
+            from mgpu.orchestrator.http.edge.connections import BoundedProtocol
+            from mgpu.orchestrator.http.edge.tls import TlsHandshake
+        except ImportError:  # h11: asyncio has a bound for the time of a handshake alone
+            return
+
+        def accept(**named: Any) -> TlsHandshake:
+            return TlsHandshake(BoundedProtocol(**named), context)
+
+        self.config.ssl, self.config.http_protocol_class = None, accept  # type: ignore[assignment]
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -17,7 +17,7 @@ before the next request. Trailers are dropped; uvicorn would keep them all.
 
 import asyncio
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -35,17 +35,23 @@ LOOKS = 3
 """At what a client has not taken, in `SEND_TIMEOUT_S`."""
 
 
+class Endable(Protocol):
+    """A connection that may be ended to make room."""
+
+    transport: asyncio.Transport
+
+
 class BoundedProtocol(HttpToolsProtocol):
     """One connection with a bounded head, and a deadline for whatever it has begun to send."""
 
     most_connections = 10_000
     head_timeout_s = 10.0
     send_timeout_s = SEND_TIMEOUT_S
-    _idle: ClassVar[dict["BoundedProtocol", None]] = {}
-    """Connections without a request, the one that has waited longest first."""
-    _bodiless: ClassVar[dict["BoundedProtocol", None]] = {}
+    _idle: ClassVar[dict[Endable, None]] = {}
+    """Connections without a request or before their TLS handshake, the one that has waited longest first."""
+    _bodiless: ClassVar[dict[Endable, None]] = {}
     """Those whose request has a body that has not come yet, in the same order."""
-    _unread: ClassVar[dict["BoundedProtocol", None]] = {}
+    _unread: ClassVar[dict[Endable, None]] = {}
     """Those whose client takes too little of its answer, in the same order."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -64,11 +70,21 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
-        if len(self.connections) > self.most_connections:
-            self._end_one()
-        self._idle[self] = None
+        self.admit(self)
         self._arm(self.head_timeout_s)
         self._watch_reader()
+
+    def admit(self, connection: Endable) -> None:
+        """Count a connection that has no request yet. Past the most, end another one."""
+        self.connections.add(connection)  # type: ignore[arg-type]
+        if len(self.connections) > self.most_connections:
+            self._end_one_for(connection)
+        self._idle[connection] = None
+
+    def dismiss(self, connection: Endable) -> None:
+        """Count a connection no more."""
+        self.connections.discard(connection)
+        self._idle.pop(connection, None)
 
     def connection_lost(self, exc: Exception | None) -> None:
         for each in (self._idle, self._bodiless, self._unread):
@@ -158,9 +174,9 @@ class BoundedProtocol(HttpToolsProtocol):
         if not (self._is_full or self.transport.is_closing()):
             self._refuse(400, "this is no HTTP request")
 
-    def _end_one(self) -> None:
-        """End the connection that is worth least. If all wait for the server, end this one."""
-        found = next(chain(self._idle, self._bodiless, self._unread), self)
+    def _end_one_for(self, connection: Endable) -> None:
+        """End the connection that is worth least. If all others wait for the server, end this one."""
+        found = next(chain(self._idle, self._bodiless, self._unread), connection)
         for each in (self._idle, self._bodiless, self._unread):
             each.pop(found, None)  # it may take a turn of the loop to end
         found.transport.abort()
