@@ -10,6 +10,7 @@ from mgpu.orchestrator.placement.machine.control_groups import usable_cpus
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.gateway_messages import ServerKeys
 from mgpu.protocol.internal.http_spec import HttpOptions
+from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.protocol.model.facts import ModelFacts, ModelSource
 from mgpu.protocol.model.layout import Layout, StepLimits
 from mgpu.protocol.model.sampling import SamplingDefaults
@@ -107,6 +108,26 @@ class ServerConfig:
     worker_command: tuple[str, ...] = WORKER_COMMAND
     gateway_command: tuple[str, ...] = GATEWAY_COMMAND
     http_command: tuple[str, ...] = HTTP_COMMAND
+
+    def worker_spec(self, epoch: int, rank: int) -> WorkerSpec:
+        """Return what a worker needs to know wherever it runs; its group adds how it meets the others."""
+        return WorkerSpec(
+            epoch=epoch,
+            model=self.model,
+            facts=self.facts,
+            layout=self.layout,
+            limits=self.limits,
+            device=self.device_kind,
+            endpoint="",
+            rendezvous="",
+            shared_fd=-1,
+            shared_bytes=0,
+            num_threads=self.num_threads,
+            memory_fraction=self.memory_fraction,
+            kv_memory=self.worker_kv_memory[rank] if self.worker_kv_memory else self.kv_memory,
+            seed=self.seed,
+            worker_timeout_s=self.timeouts.worker_timeout_s,
+        )
 
     @property
     def spin_s(self) -> float:

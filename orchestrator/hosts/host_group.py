@@ -11,6 +11,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Container
+from dataclasses import replace
 
 import zmq
 
@@ -108,28 +109,12 @@ class HostGroup(RankReports):
             self._hosts.start(number, StartWorker(self._spec(rank, meeting), rank, master))
 
     def _spec(self, rank: int, meeting: str) -> WorkerSpec:
-        config, roster = self._config, self._hosts.roster
+        roster = self._hosts.roster
         nodes = roster.hosts()
         hosts = tuple(nodes.index(roster.members[number].hello.node) for number in self._launched)
-        return WorkerSpec(
-            epoch=self.epoch,
-            model=config.model,
-            facts=config.facts,
-            layout=config.layout,
-            limits=config.limits,
-            device=config.device_kind,
-            endpoint="",
-            rendezvous="",
-            shared_fd=-1,
-            shared_bytes=0,
-            num_threads=config.num_threads,
-            memory_fraction=config.memory_fraction,
-            kv_memory=config.worker_kv_memory[rank] if config.worker_kv_memory else config.kv_memory,
-            seed=config.seed,
-            worker_timeout_s=config.timeouts.worker_timeout_s,
-            joined=Joined(hosts, meeting, opens_store=self._launched[rank] == 0),
-            captures_library=self._captures_library,
-        )
+        joined = Joined(hosts, meeting, opens_store=self._launched[rank] == 0)
+        spec = self._config.worker_spec(self.epoch, rank)
+        return replace(spec, joined=joined, captures_library=self._captures_library)
 
     # -- messages ------------------------------------------------------------------------------------------------------
 

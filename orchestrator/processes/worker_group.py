@@ -138,22 +138,14 @@ class WorkerGroup(RankReports):
 
     def _spec(self, endpoint: str, rank: int) -> WorkerSpec:
         config = self._config
-        return WorkerSpec(
-            epoch=self.epoch,
-            model=config.model,
-            facts=config.facts,
-            layout=config.layout,
-            limits=config.limits,
+        return replace(
+            config.worker_spec(self.epoch, rank),
             device=config.device_of(rank),
             endpoint=endpoint,
             rendezvous=f"file://{self._rendezvous}",
             shared_fd=self._shared_fd,
             shared_bytes=config.shared_bytes if self._shared_fd >= 0 else 0,
             num_threads=config.threads_of(rank),
-            memory_fraction=config.memory_fraction,
-            kv_memory=config.worker_kv_memory[rank] if config.worker_kv_memory else config.kv_memory,
-            seed=config.seed,
-            worker_timeout_s=config.timeouts.worker_timeout_s,
         )
 
     def _environment(self, rank: int) -> dict[str, str]:
