@@ -42,4 +42,4 @@ def test_a_start_at_the_limit_fails_and_leaves_no_thread_that_waits(monkeypatch:
     with pytest.raises(RuntimeError, match="can't start new thread"):
         BackgroundTasks()
     del started[:]
-    eventually(lambda: gateway_threads() == before)
+    eventually(lambda: gateway_threads() <= before)  # threads of earlier tests may end meanwhile

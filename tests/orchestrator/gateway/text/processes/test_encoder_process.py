@@ -47,9 +47,23 @@ def ids(text: str) -> bytes:
     return array("i", list(text.encode())).tobytes()
 
 
-def helpers() -> list[psutil.Process]:
-    """List the processes that work for this one."""
+def encoders_below() -> list[psutil.Process]:
     return [each for each in psutil.Process().children(recursive=True) if each.cmdline()[-1:] == [module.COMMAND[-1]]]
+
+
+OTHERS = set[int]()
+"""Processes of servers that tests share."""
+
+
+@pytest.fixture(autouse=True)
+def _others() -> None:
+    OTHERS.clear()
+    OTHERS.update(each.pid for each in encoders_below())
+
+
+def helpers() -> list[psutil.Process]:
+    """List the processes that work for the test."""
+    return [each for each in encoders_below() if each.pid not in OTHERS]
 
 
 @pytest.mark.parametrize("bomb", [
