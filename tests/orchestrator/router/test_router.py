@@ -46,6 +46,7 @@ def test_questions_are_answered_for_all_replicas(client: Client) -> None:
     assert "replica0: ready" in health.layout
     assert client.count_tokens("hi") == 3
     assert client.models()[0]["max_seq_len"] == 512
+    eventually(lambda: "replica1_running" in client.stats())  # each is asked for its counters by and by
     stats = client.stats()
     assert (stats["replicas_ready"], stats["replica1_running"]) == (2.0, 0.0)
 
