@@ -30,6 +30,11 @@ class HeadSinks(Module):
         return self.weight.nbytes
 
 
+def query_factors(places_T: Tensor, growth: float, start: int) -> Tensor:
+    """Return the float32 factor [T, 1] on each token's queries: ``1 + growth * log(1 + place // start)``."""
+    return (1.0 + growth * torch.log1p((places_T // start).float())).unsqueeze(1)
+
+
 def with_normalized_values(heads_TAK: Tensor, num_q: int, num_kv: int, eps: float) -> Tensor:
     """Return packed heads whose values are normalized, without a weight (Gemma 4).
 

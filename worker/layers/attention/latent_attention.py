@@ -22,6 +22,7 @@ from mgpu.protocol.model.placement import TensorPart
 from mgpu.worker.attention.interface import AttentionSpec, StepAttention
 from mgpu.worker.kernels.attention.inputs import LatentProjections, NewLatents
 from mgpu.worker.layers.activations import Activations, scaled
+from mgpu.worker.layers.attention.heads import query_factors
 from mgpu.worker.layers.attention.rotary import Angles, Rotation, rotate
 from mgpu.worker.layers.linear import ColumnParallelLinear, RowParallelLinear, RowSlice, Storage
 from mgpu.worker.layers.module import Module
@@ -98,7 +99,8 @@ class LatentAttention(Module):
         if self.q_b is not None and self.q_norm is not None:
             first = scaled(self.q_b(self.q_norm(first)))
         if latent.query_growth:
-            first = first * self._growth(attention.positions_T).to(first.dtype)
+            factors_T1 = query_factors(attention.positions_T, latent.query_growth, latent.growth_from)
+            first = first * factors_T1.to(first.dtype)
         q_THP, q_THR = torch.split(first.view(len(first), -1, latent.head_dim), [latent.plain, latent.rotated], dim=2)
         if isinstance(angles, Tensor):
             assert attention.latents is not None, "tables of angles are for kernels"
@@ -127,11 +129,6 @@ class LatentAttention(Module):
         query_THK = torch.cat((query_THC, rotated_THR), dim=2)
         key_T1K = torch.cat((self.kv_norm(c_TC).unsqueeze(1), key_T1R), dim=2)
         return attention.attend(query_THK, key_T1K, key_T1K, cache, self.spec)[..., : latent.rank]
-
-    def _growth(self, positions_T: Tensor) -> Tensor:
-        """Return the factor [T, 1] on each token's queries."""
-        grown_T = torch.log1p((positions_T // self._latent.growth_from).float())
-        return (1.0 + self._latent.query_growth * grown_T).unsqueeze(1)
 
     def _in_halves(self, x_THR: Tensor) -> Tensor:
         """Return rotated components with the first of each pair in the first half, as `rotate` takes them.

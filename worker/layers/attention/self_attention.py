@@ -17,7 +17,7 @@ from mgpu.protocol.model.placement import TensorPart
 from mgpu.worker.attention.interface import AttentionSpec, HeadNorms, StepAttention
 from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.layers.activations import Activations, Product, scaled, values_and_scale
-from mgpu.worker.layers.attention.heads import HeadSinks, WholeHeadsNorm, with_normalized_values
+from mgpu.worker.layers.attention.heads import HeadSinks, WholeHeadsNorm, query_factors, with_normalized_values
 from mgpu.worker.layers.attention.rotary import Angles, Rotation, rotate
 from mgpu.worker.layers.linear import (
     ColumnParallelLinear,
@@ -104,10 +104,8 @@ class Attention(Module):
 
     def _grown(self, qkv_TN: Tensor, positions_T: Tensor) -> Tensor:
         """Multiply the queries by what their positions make them grow to."""
-        growth, start = self._growth
-        factors_T = 1.0 + growth * torch.log1p(((positions_T + 1) // start).float())
         count = self.num_q * self.head_dim
-        grown_TN = qkv_TN[:, :count] * factors_T.to(qkv_TN.dtype).unsqueeze(1)
+        grown_TN = qkv_TN[:, :count] * query_factors(positions_T + 1, *self._growth).to(qkv_TN.dtype)
         return torch.cat((grown_TN, qkv_TN[:, count:]), dim=1)
 
     def _without_gates(self, heads_TAK: Tensor) -> tuple[Tensor, Tensor | None]:
