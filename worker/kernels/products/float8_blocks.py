@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mgpu.worker.kernels.layers.float8_quantize import quantize_blocks
 from mgpu.worker.kernels.runtime import LAUNCH_MODE
+from mgpu.worker.kernels.trials import trial_problem, worst_row_error
 from mgpu.worker.quantization.float8_rows import BLOCK, Float8Blocks, round_blocks
 from mgpu.worker.quantization.packing import PackedWeight, dequantize, octet_words
 
@@ -59,13 +60,8 @@ def multiplies_blocks(device: torch.device) -> bool:
 
 @cache
 def _passes_trial(device: torch.device) -> bool:
-    try:
-        error = trial_error(device)
-    except Exception as failure:  # a version without such products fails in its own way; weight-only ones still serve
-        log.warning("FP8 blocks stay weight-only: scaled_mm failed: %s: %s", type(failure).__name__, failure)
-        return False
-    if error > _TOLERANCE:
-        log.warning("FP8 blocks stay weight-only: float8 products are off by %.1e of their norm", error)
+    if problem := trial_problem(lambda: trial_error(device), _TOLERANCE):
+        log.warning("FP8 blocks stay weight-only, float8 products by scaled_mm were tried: %s", problem)
         return False
     log.info("FP8 blocks round the activations of %d rows and more to float8 too (W8A8)", LEAST_ROWS)
     return True
@@ -82,6 +78,4 @@ def trial_error(device: torch.device) -> float:
     weight = PackedWeight("fp8", words, scales, 512, BLOCK, BLOCK)
     got_TN = block_product(x_TK, weight).float()
     expected_TN = round_blocks(x_TK) @ dequantize(weight, torch.float32).T
-    errors_T = (got_TN - expected_TN).norm(dim=1) / expected_TN.norm(dim=1)
-    error = float(errors_T.max())
-    return error if error == error else torch.inf
+    return worst_row_error(got_TN, expected_TN)

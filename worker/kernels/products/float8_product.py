@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mgpu.worker.kernels.layers.float8_quantize import quantize_rows
 from mgpu.worker.kernels.runtime import LAUNCH_MODE, has_float8
+from mgpu.worker.kernels.trials import trial_problem, worst_row_error
 from mgpu.worker.quantization.float8_rows import LEAST_ROWS, Float8Rows, UnscaledProduct, round_rows
 from mgpu.worker.quantization.packing import PackedWeight, dequantize, pack_fp8
 
@@ -59,13 +60,8 @@ def multiplies_float8(device: torch.device) -> bool:
 
 @cache
 def _passes_trial(device: torch.device) -> bool:
-    try:
-        error = trial_error(device)
-    except Exception as failure:  # a private function may fail in any way; weight-only products still serve
-        log.warning("fp8 stays weight-only: torch._scaled_mm failed: %s: %s", type(failure).__name__, failure)
-        return False
-    if error > _TOLERANCE:
-        log.warning("fp8 stays weight-only: float8 products are off by %.1e of their norm", error)
+    if problem := trial_problem(lambda: trial_error(device), _TOLERANCE):
+        log.warning("fp8 stays weight-only, float8 products by torch._scaled_mm were tried: %s", problem)
         return False
     log.info("fp8 products of %d rows and more round activations to float8 too (W8A8)", LEAST_ROWS)
     return True
@@ -80,7 +76,4 @@ def trial_error(device: torch.device) -> float:
     weight = pack_fp8(w_NK.to(torch.float8_e4m3fn), torch.full((48,), 0.37, device=device))
     got_TN = float8_product(quantize_rows(x_TK), weight).scaled().float()
     expected_TN = round_rows(x_TK) @ dequantize(weight, torch.float32).T
-    # Row by row, since large rows would hide small ones.
-    errors_T = (got_TN - expected_TN).norm(dim=1) / expected_TN.norm(dim=1)
-    error = float(errors_T.max())
-    return error if error == error else torch.inf
+    return worst_row_error(got_TN, expected_TN)

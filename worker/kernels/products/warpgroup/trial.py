@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mgpu.worker.kernels.runtime import INTERPRETED, LAUNCH_MODE
+from mgpu.worker.kernels.trials import trial_problem
 from mgpu.worker.quantization.packing import WORDS, PackedWeight, dequantize, pack_int4
 
 log = logging.getLogger(__name__)
@@ -55,13 +56,8 @@ def _tried(device: torch.device) -> WordsProduct | None:
     product = _product()
     if product is None:
         return None
-    try:
-        error = trial_error(device, product)
-    except Exception as failure:  # an experimental part may fail in any way; other kernels still serve
-        log.warning("4-bit products do without warpgroups: %s: %s", type(failure).__name__, failure)
-        return None
-    if error > _TOLERANCE:
-        log.warning("4-bit products do without warpgroups: they are off by %.1e of their norm", error)
+    if problem := trial_problem(lambda: trial_error(device, product), _TOLERANCE):
+        log.warning("4-bit products do without warpgroups: %s", problem)
         return None
     return product
 
