@@ -62,7 +62,7 @@ class TlsHandshake(asyncio.Protocol):
             self._protocol.data_received(self._early)
 
     async def _feed_handshake(self) -> None:
-        """Give what came before the handshake to the protocol that the loop has for it."""
+        """Hand what came before the handshake to the protocol that the loop has for it."""
         await asyncio.sleep(0)  # it has begun, and will say so to that protocol before anything else comes
         if self.transport.is_closing():
             return
