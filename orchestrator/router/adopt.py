@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
 from mgpu.orchestrator.router.dispatch import Dispatch
-from mgpu.orchestrator.router.part import Part
 from mgpu.orchestrator.router.replica import Replica
-from mgpu.orchestrator.router.routed_request import RoutedRequest
-from mgpu.orchestrator.router.table import RoutedTable
+from mgpu.orchestrator.router.requests.part import Part
+from mgpu.orchestrator.router.requests.routed_request import RoutedRequest
+from mgpu.orchestrator.router.requests.table import RoutedTable
 from mgpu.protocol.client.resumable import RequestState
 from mgpu.protocol.errors import MgpuError, RequestFailed
 from mgpu.protocol.front.server_messages import Failed, Resumed

@@ -7,11 +7,11 @@ from array import array
 from collections.abc import Sequence
 
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
-from mgpu.orchestrator.router.part import Part
-from mgpu.orchestrator.router.relay import Relay
 from mgpu.orchestrator.router.replica import SILENT_S, Replica
-from mgpu.orchestrator.router.routed_request import RoutedRequest
-from mgpu.orchestrator.router.table import RoutedTable
+from mgpu.orchestrator.router.requests.part import Part
+from mgpu.orchestrator.router.requests.relay import Relay
+from mgpu.orchestrator.router.requests.routed_request import RoutedRequest
+from mgpu.orchestrator.router.requests.table import RoutedTable
 from mgpu.protocol.errors import DeadlineExceeded, MgpuError, RequestFailed, ServerUnreachable
 from mgpu.protocol.front.server_messages import Failed, Tokens, to_map
 

@@ -10,7 +10,7 @@ from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
 from mgpu.orchestrator.gateway.front.socket import FrontSocket
 from mgpu.orchestrator.router.dispatch import Dispatch
 from mgpu.orchestrator.router.replica import Replica
-from mgpu.orchestrator.router.table import RoutedTable
+from mgpu.orchestrator.router.requests.table import RoutedTable
 from mgpu.protocol.errors import MgpuError, RequestFailed
 from mgpu.protocol.front.client_messages import Detokenize, Query, Tokenize
 from mgpu.protocol.front.server_messages import (

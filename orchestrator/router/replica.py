@@ -5,8 +5,8 @@ import logging
 import time
 from pathlib import Path
 
-from mgpu.orchestrator.router.affinity import PrefixKeys
-from mgpu.orchestrator.router.part import Part
+from mgpu.orchestrator.router.requests.affinity import PrefixKeys
+from mgpu.orchestrator.router.requests.part import Part
 from mgpu.protocol.client.session import Session
 from mgpu.protocol.errors import MgpuError, ServerUnreachable
 from mgpu.protocol.front.server_messages import Health, Models, Stats

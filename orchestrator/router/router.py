@@ -21,13 +21,13 @@ from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
 from mgpu.orchestrator.gateway.front.socket import FrontSocket, Received, id_of
 from mgpu.orchestrator.router.adopt import Adoption
 from mgpu.orchestrator.router.agreement import Agreement
-from mgpu.orchestrator.router.arrivals import Arrivals
 from mgpu.orchestrator.router.dispatch import Dispatch
-from mgpu.orchestrator.router.in_flight import InFlight
 from mgpu.orchestrator.router.questions import Questions
 from mgpu.orchestrator.router.replica import Replica
-from mgpu.orchestrator.router.routed_request import RoutedChoice, RoutedRequest
-from mgpu.orchestrator.router.table import RoutedTable
+from mgpu.orchestrator.router.requests.arrivals import Arrivals
+from mgpu.orchestrator.router.requests.in_flight import InFlight
+from mgpu.orchestrator.router.requests.routed_request import RoutedChoice, RoutedRequest
+from mgpu.orchestrator.router.requests.table import RoutedTable
 from mgpu.protocol.front.client_messages import (
     CancelRequest,
     Detokenize,

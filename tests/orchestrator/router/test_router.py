@@ -16,10 +16,10 @@ from mgpu import Client, RequestFailed
 from mgpu.orchestrator.gateway.front.account import Account
 from mgpu.orchestrator.gateway.front.socket import FrontSocket
 from mgpu.orchestrator.router.dispatch import Dispatch
-from mgpu.orchestrator.router.part import Part
 from mgpu.orchestrator.router.replica import Replica
-from mgpu.orchestrator.router.routed_request import RoutedChoice, RoutedRequest
-from mgpu.orchestrator.router.table import RoutedTable
+from mgpu.orchestrator.router.requests.part import Part
+from mgpu.orchestrator.router.requests.routed_request import RoutedChoice, RoutedRequest
+from mgpu.orchestrator.router.requests.table import RoutedTable
 from mgpu.protocol.front import framing
 from mgpu.protocol.front.seeds import seed_of_choice
 

@@ -8,8 +8,8 @@ from typing import cast
 import msgpack
 
 from mgpu.orchestrator.gateway.front.socket import FrontSocket
-from mgpu.orchestrator.router.in_flight import InFlight
-from mgpu.orchestrator.router.routed_request import RoutedRequest
+from mgpu.orchestrator.router.requests.in_flight import InFlight
+from mgpu.orchestrator.router.requests.routed_request import RoutedRequest
 from mgpu.protocol.front.server_messages import Failed, ServerMessage, to_map
 
 KEEP_S = 60.0

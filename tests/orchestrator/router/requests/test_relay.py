@@ -8,10 +8,10 @@ import pytest
 from mgpu.orchestrator.gateway.front.account import Account
 from mgpu.orchestrator.gateway.front.socket import FrontSocket
 from mgpu.orchestrator.router.dispatch import Dispatch
-from mgpu.orchestrator.router.part import Part
 from mgpu.orchestrator.router.replica import RUNNING_TOKENS, Replica
-from mgpu.orchestrator.router.routed_request import RoutedChoice, RoutedRequest
-from mgpu.orchestrator.router.table import RoutedTable
+from mgpu.orchestrator.router.requests.part import Part
+from mgpu.orchestrator.router.requests.routed_request import RoutedChoice, RoutedRequest
+from mgpu.orchestrator.router.requests.table import RoutedTable
 from mgpu.protocol.front.fields import FieldError
 
 ACCOUNT = Account("pid:1", "uid:0 01")

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from mgpu.orchestrator.router.routed_request import RoutedRequest
+from mgpu.orchestrator.router.requests.routed_request import RoutedRequest
 from mgpu.protocol.client.answer import Answer
 from mgpu.protocol.client.results import Usage
 from mgpu.protocol.client.resumable import ResumableRequest

@@ -1,6 +1,6 @@
 """What the router takes for cached."""
 
-from mgpu.orchestrator.router.affinity import CHUNK_BYTES, CHUNK_TOKENS, PrefixKeys, chunk_keys, prompt_bytes
+from mgpu.orchestrator.router.requests.affinity import CHUNK_BYTES, CHUNK_TOKENS, PrefixKeys, chunk_keys, prompt_bytes
 
 
 def test_prompts_match_as_far_as_they_begin_alike() -> None:

@@ -10,7 +10,7 @@ from harness.waiting import eventually
 from mgpu import Client, RequestFailed
 from mgpu.orchestrator.gateway.front.account import Account
 from mgpu.orchestrator.gateway.front.refusal import Refusal
-from mgpu.orchestrator.router.in_flight import InFlight
+from mgpu.orchestrator.router.requests.in_flight import InFlight
 from mgpu.protocol.internal.client_limits import ClientLimits
 
 ONE, OTHER = Account("pid:1", "a"), Account("pid:1", "b")

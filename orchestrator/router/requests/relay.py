@@ -9,8 +9,8 @@ from array import array
 from collections.abc import Callable
 from typing import cast
 
-from mgpu.orchestrator.router.part import Message, Part
-from mgpu.orchestrator.router.table import RoutedTable
+from mgpu.orchestrator.router.requests.part import Message, Part
+from mgpu.orchestrator.router.requests.table import RoutedTable
 from mgpu.protocol.client.resumable import RequestState
 from mgpu.protocol.front.fields import FieldError
 from mgpu.protocol.front.server_messages import Accepted, parse_server_message

@@ -7,9 +7,9 @@ import pytest
 
 from mgpu.orchestrator.gateway.front.account import Account
 from mgpu.orchestrator.gateway.front.socket import FrontSocket
-from mgpu.orchestrator.router import table as module
-from mgpu.orchestrator.router.routed_request import RoutedChoice, RoutedRequest
-from mgpu.orchestrator.router.table import RoutedTable
+from mgpu.orchestrator.router.requests import table as module
+from mgpu.orchestrator.router.requests.routed_request import RoutedChoice, RoutedRequest
+from mgpu.orchestrator.router.requests.table import RoutedTable
 
 ACCOUNT = Account("pid:1", "uid:0 01")
 

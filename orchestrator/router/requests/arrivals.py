@@ -13,8 +13,8 @@ from typing import Any
 
 from mgpu.orchestrator.gateway.front.account import KEY_PREFIX, NAMED_PREFIX, PART_OF, Account
 from mgpu.orchestrator.gateway.front.socket import Received
-from mgpu.orchestrator.router.affinity import chunk_keys, prompt_bytes
-from mgpu.orchestrator.router.routed_request import RoutedChoice, RoutedRequest
+from mgpu.orchestrator.router.requests.affinity import chunk_keys, prompt_bytes
+from mgpu.orchestrator.router.requests.routed_request import RoutedChoice, RoutedRequest
 from mgpu.protocol.front.client_messages import GENERATE_RULES
 from mgpu.protocol.front.fields import FieldError, int32_array, parse_fields
 
