@@ -12,8 +12,8 @@ from pathlib import Path
 import zmq
 
 from mgpu.orchestrator.gateway.front.endpoint import BindError
-from mgpu.orchestrator.gateway.front.open_files import allow_many_connections
 from mgpu.orchestrator.gateway.front.socket import FrontSocket
+from mgpu.orchestrator.gateway.front.transport.open_files import allow_many_connections
 from mgpu.orchestrator.gateway.gateway import Gateway
 from mgpu.orchestrator.gateway.memory_limit import MemoryFull, prefer_as_oom_victim
 from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError

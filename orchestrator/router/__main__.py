@@ -14,8 +14,8 @@ import time
 
 import zmq
 
-from mgpu.orchestrator.gateway.front.open_files import allow_many_connections
 from mgpu.orchestrator.gateway.front.socket import FrontSocket
+from mgpu.orchestrator.gateway.front.transport.open_files import allow_many_connections
 from mgpu.orchestrator.router.fleet import Fleet
 from mgpu.orchestrator.router.router import Router
 from mgpu.protocol.internal.child import BadSpec, end_with_parent, frame_spec, read_spec

@@ -15,9 +15,9 @@ from dataclasses import replace
 import zmq
 
 from mgpu.orchestrator.gateway.front.account import KEY_PREFIX, NAMED_PREFIX
-from mgpu.orchestrator.gateway.front.descriptors import PROCESS
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.front.strikes import ShutOut
+from mgpu.orchestrator.gateway.front.transport.descriptors import PROCESS
 from mgpu.protocol.front.client_messages import ClientMessage, Generate, ResumeRequest
 from mgpu.protocol.internal.bounded_log import BoundedLog
 from mgpu.protocol.keys import KEY_BYTES, fingerprint

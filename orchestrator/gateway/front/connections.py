@@ -1,16 +1,16 @@
 """Every open connection of the front socket: whose it is, and which ones are ended.
 
-libzmq accepts connections by itself, as many as come. Its monitor reports the descriptor of each, and `descriptors.py`
-says whose it is and ends it. Ended are
+libzmq accepts connections by itself, as many as come. Its monitor reports the descriptor of each;
+`transport/descriptors.py` says whose it is and ends it. Ended are
 
 - connections that have not proven who they are, beyond a number for each address and for all, and those that take
   long for it while memory is tight: libzmq keeps up to --max-request-bytes of each, unseen, for
   `framing.HANDSHAKE_TIMEOUT_MS`. Chance decides which: an honest handshake takes milliseconds, and is hit as rarely as
   it is short.
 - connections beyond what the limit of open files leaves: at the limit libzmq aborts the process. The owner with the
-  most goes first, and of its connections those that have never said anything. `accept_gate.py` keeps libzmq from
-  accepting more than can be ended in time.
-- connections that send a message without an end (`endless.py`).
+  most goes first, and of its connections those that have never said anything. `transport/accept_gate.py`
+  keeps libzmq from accepting more than can be ended in time.
+- connections that send a message without an end (`transport/endless.py`).
 - connections of an owner beyond its own number, after they were told (`check`).
 
 An *origin* is what is known at once: ``pid:N`` on ipc, an address on tcp. The *owner* is the origin, until the
@@ -28,8 +28,9 @@ from typing import Any
 
 import zmq
 
-from mgpu.orchestrator.gateway.front.accept_gate import AcceptGate
-from mgpu.orchestrator.gateway.front.descriptors import (
+from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
+from mgpu.orchestrator.gateway.front.transport.accept_gate import AcceptGate
+from mgpu.orchestrator.gateway.front.transport.descriptors import (
     PROCESS,
     Ender,
     has_left,
@@ -37,11 +38,10 @@ from mgpu.orchestrator.gateway.front.descriptors import (
     received_bytes,
     unread_bytes,
 )
-from mgpu.orchestrator.gateway.front.endless import EndlessMessages
-from mgpu.orchestrator.gateway.front.io_threads import IoThreads
-from mgpu.orchestrator.gateway.front.open_connection import OpenConnection, excess
-from mgpu.orchestrator.gateway.front.pipe_room import PipeRoom
-from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
+from mgpu.orchestrator.gateway.front.transport.endless import EndlessMessages
+from mgpu.orchestrator.gateway.front.transport.io_threads import IoThreads
+from mgpu.orchestrator.gateway.front.transport.open_connection import OpenConnection, excess
+from mgpu.orchestrator.gateway.front.transport.pipe_room import PipeRoom
 from mgpu.protocol.front.framing import HANDSHAKE_TIMEOUT_MS
 
 MAX_UNPROVEN_OF_ADDRESS = 256

@@ -17,8 +17,8 @@ from mgpu.orchestrator.gateway.front.account import Account, account_of
 from mgpu.orchestrator.gateway.front.connections import Connections
 from mgpu.orchestrator.gateway.front.endpoint import BindError, bind, is_lost, release
 from mgpu.orchestrator.gateway.front.hidden_options import seed_routing_ids, set_hidden_options
-from mgpu.orchestrator.gateway.front.io_threads import IoThreads, threads_of_process
 from mgpu.orchestrator.gateway.front.pace import BYTE_S, FRAME_S
+from mgpu.orchestrator.gateway.front.transport.io_threads import IoThreads, threads_of_process
 from mgpu.protocol.front import framing
 from mgpu.protocol.front.client_messages import REQUEST_ID
 from mgpu.protocol.front.fields import FieldError

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mgpu.orchestrator.gateway.front.account import KEY_PREFIX
-from mgpu.orchestrator.gateway.front.descriptors import PROCESS
+from mgpu.orchestrator.gateway.front.transport.descriptors import PROCESS
 
 FIRST_S, LONGEST_S = 1.0, 16.0
 QUIET_S = 60.0

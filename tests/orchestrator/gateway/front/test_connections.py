@@ -16,8 +16,8 @@ from harness.raw_peer import RawPeer
 from harness.waiting import eventually
 from harness.zmtp_flood import GREETING, raw_connection
 from mgpu.orchestrator.gateway.front import connections as module
-from mgpu.orchestrator.gateway.front.open_connection import OpenConnection, excess
 from mgpu.orchestrator.gateway.front.socket import FrontSocket
+from mgpu.orchestrator.gateway.front.transport.open_connection import OpenConnection, excess
 from mgpu.protocol.front import framing
 
 

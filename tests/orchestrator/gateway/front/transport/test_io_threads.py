@@ -9,9 +9,9 @@ import zmq
 
 from harness.gateway_process import GatewayProcess
 from harness.waiting import eventually
-from mgpu.orchestrator.gateway.front import io_threads
-from mgpu.orchestrator.gateway.front.io_threads import LOOP_S, NICENESS, IoThreads, threads_of_process
 from mgpu.orchestrator.gateway.front.socket import FrontSocket
+from mgpu.orchestrator.gateway.front.transport import io_threads
+from mgpu.orchestrator.gateway.front.transport.io_threads import LOOP_S, NICENESS, IoThreads, threads_of_process
 
 
 def test_a_flood_meets_a_thread_of_low_priority_and_the_engine_another(gateway: GatewayProcess) -> None:

@@ -11,9 +11,9 @@ import zmq
 
 from harness.waiting import eventually
 from harness.zmtp_flood import raw_connection
-from mgpu.orchestrator.gateway.front.endless import ENDLESS_S, LOOK_S, EndlessMessages
-from mgpu.orchestrator.gateway.front.open_connection import OpenConnection
 from mgpu.orchestrator.gateway.front.socket import FrontSocket
+from mgpu.orchestrator.gateway.front.transport.endless import ENDLESS_S, LOOK_S, EndlessMessages
+from mgpu.orchestrator.gateway.front.transport.open_connection import OpenConnection
 from mgpu.protocol.front import framing
 
 

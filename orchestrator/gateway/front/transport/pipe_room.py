@@ -14,9 +14,9 @@ import struct
 import termios
 from collections.abc import Callable
 
-from mgpu.orchestrator.gateway.front.descriptors import PROCESS
-from mgpu.orchestrator.gateway.front.io_threads import IoThreads
-from mgpu.orchestrator.gateway.front.open_connection import OpenConnection
+from mgpu.orchestrator.gateway.front.transport.descriptors import PROCESS
+from mgpu.orchestrator.gateway.front.transport.io_threads import IoThreads
+from mgpu.orchestrator.gateway.front.transport.open_connection import OpenConnection
 
 FREE_BYTES = 64 << 10
 """Of one connection, for which the kernel is not asked."""

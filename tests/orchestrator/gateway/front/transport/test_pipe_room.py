@@ -9,10 +9,16 @@ import zmq
 from bench.waiting import wait_until
 from harness.waiting import eventually
 from mgpu.orchestrator.gateway.front import socket as socket_module
-from mgpu.orchestrator.gateway.front.io_threads import IoThreads
-from mgpu.orchestrator.gateway.front.open_connection import OpenConnection
-from mgpu.orchestrator.gateway.front.pipe_room import FREE_BYTES, MAX_BYTES, MAX_TOTAL_BYTES, PipeRoom, unsent_bytes_of
 from mgpu.orchestrator.gateway.front.socket import FrontSocket, Received
+from mgpu.orchestrator.gateway.front.transport.io_threads import IoThreads
+from mgpu.orchestrator.gateway.front.transport.open_connection import OpenConnection
+from mgpu.orchestrator.gateway.front.transport.pipe_room import (
+    FREE_BYTES,
+    MAX_BYTES,
+    MAX_TOTAL_BYTES,
+    PipeRoom,
+    unsent_bytes_of,
+)
 from mgpu.protocol.front import framing
 
 MIB = 1 << 20

@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 
-from mgpu.orchestrator.gateway.front.descriptors import polled_for_input, unread_bytes
-from mgpu.orchestrator.gateway.front.open_connection import OpenConnection
+from mgpu.orchestrator.gateway.front.transport.descriptors import polled_for_input, unread_bytes
+from mgpu.orchestrator.gateway.front.transport.open_connection import OpenConnection
 
 LOOK_S = 0.01
 """Of libzmq's time between two looks."""
