@@ -14,7 +14,7 @@ from pathlib import Path
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.host.signals import end_at_once
 from mgpu.protocol.discovery import BASE_VARIABLE, running_servers
-from mgpu.protocol.internal.child import end_with_parent
+from mgpu.protocol.internal.process.child import end_with_parent
 
 STOP_S = 45.0
 

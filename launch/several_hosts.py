@@ -17,7 +17,7 @@ from mgpu.orchestrator.hosts.roster import Expected
 from mgpu.orchestrator.server import Server
 from mgpu.protocol.checkpoint.files.untrusted import CheckpointError
 from mgpu.protocol.checkpoint.fingerprint import model_print
-from mgpu.protocol.internal.commit import commit_of
+from mgpu.protocol.internal.process.commit import commit_of
 
 
 def serve_hosts(config: ServeConfig, make_server: Callable[[PlannedModel, Hosts], Server]) -> int:

@@ -20,8 +20,8 @@ import signal
 import sys
 from threading import Thread
 
-from mgpu.protocol.internal.child import BadSpec, end_with_parent, read_spec
-from mgpu.protocol.internal.logs import configure_logging
+from mgpu.protocol.internal.process.child import BadSpec, end_with_parent, read_spec
+from mgpu.protocol.internal.process.logs import configure_logging
 from mgpu.protocol.internal.worker_messages import CONTROL, WorkerSpec
 from mgpu.worker.device import prepare_cuda, start_cuda
 from mgpu.worker.join_options import add_options

@@ -31,7 +31,7 @@ from bench.attack.victim import HOSTILE, Footprint, Transport, Victim, undisturb
 from bench.options import words
 from bench.report import Table
 from mgpu.launch.bench.report import describe, heading
-from mgpu.protocol.internal.child import end_with_parent
+from mgpu.protocol.internal.process.child import end_with_parent
 
 NUM_KEYS, PATIENT_KEYS = 8, 2
 COLUMNS = (

@@ -19,7 +19,7 @@ import zmq
 
 from mgpu.protocol.front import framing
 from mgpu.protocol.front.frames import receive_frames, send_message_to
-from mgpu.protocol.internal.child import end_with_parent
+from mgpu.protocol.internal.process.child import end_with_parent
 
 PREFIX_BYTES = 1024
 PREFIX_TOKENS = PREFIX_BYTES // 4 + 1

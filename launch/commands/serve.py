@@ -33,10 +33,10 @@ from mgpu.orchestrator.hosts.hosts import Hosts
 from mgpu.orchestrator.placement.machine.devices import Machine, worker_environment
 from mgpu.orchestrator.placement.machine.numa import cpus_of_node
 from mgpu.orchestrator.router.copies import COPY_VARIABLE
-from mgpu.protocol.internal.child import end_with_parent
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.gateway_messages import ServerKeys
-from mgpu.protocol.internal.logs import FORMAT_VARIABLE, LEVEL_VARIABLE, configure_logging
+from mgpu.protocol.internal.process.child import end_with_parent
+from mgpu.protocol.internal.process.logs import FORMAT_VARIABLE, LEVEL_VARIABLE, configure_logging
 
 RELOADED = frozenset({"keys", "http_keys", "drain_timeout_s", *(each.name for each in fields(ClientLimits))})
 """Fields that SIGHUP takes into use."""

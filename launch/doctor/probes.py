@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mgpu.protocol.internal.child import end_with_parent
+from mgpu.protocol.internal.process.child import end_with_parent
 
 _LOOK_S = 0.05
 _KILLED_S = 5.0

@@ -9,7 +9,7 @@ from pathlib import Path
 import mgpu
 from mgpu.orchestrator.errors import DeviceError
 from mgpu.orchestrator.placement.machine.nvml import Nvml, NvmlSession
-from mgpu.protocol.internal.commit import commit_of
+from mgpu.protocol.internal.process.commit import commit_of
 
 _PACKAGES = ("triton", "pyzmq", "tokenizers")
 

@@ -18,7 +18,7 @@ from mgpu.launch.settings.values import Bytes, ConfigError, Option, Tokens, pars
 from mgpu.orchestrator.config import Restarts, Timeouts
 from mgpu.orchestrator.placement.options import LayoutOptions
 from mgpu.protocol.internal.client_limits import ClientLimits
-from mgpu.protocol.internal.logs import LEVEL_VARIABLE, LogFormat, LogLevel
+from mgpu.protocol.internal.process.logs import LEVEL_VARIABLE, LogFormat, LogLevel
 from mgpu.protocol.model.facts import KvCacheDtype, ModelCode
 from mgpu.protocol.model.quantization import Quant
 

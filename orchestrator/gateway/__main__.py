@@ -21,10 +21,10 @@ from mgpu.orchestrator.gateway.text.processes.background import BackgroundTasks
 from mgpu.orchestrator.gateway.text.tokenizer import load_codec
 from mgpu.orchestrator.host.driver_files import read_records, remove_driver_files
 from mgpu.protocol.discovery import COPY_FOLDER, LOCK_NAME, is_locked
-from mgpu.protocol.internal.child import BadSpec, end_with_parent, read_spec
 from mgpu.protocol.internal.gateway_messages import LINK, GatewayFailure, GatewaySpec
-from mgpu.protocol.internal.logs import configure_logging
-from mgpu.protocol.internal.work_record import WorkRecord
+from mgpu.protocol.internal.process.child import BadSpec, end_with_parent, read_spec
+from mgpu.protocol.internal.process.logs import configure_logging
+from mgpu.protocol.internal.process.work_record import WorkRecord
 
 _PARENT_DEATH_S = 0.5
 """The death signal comes when the parent's first thread has ended, shortly before the parent itself has."""

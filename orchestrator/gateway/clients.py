@@ -32,7 +32,7 @@ from mgpu.protocol.front.client_messages import (
 from mgpu.protocol.front.fields import FieldError
 from mgpu.protocol.front.framing import WireError
 from mgpu.protocol.front.server_messages import Failed
-from mgpu.protocol.internal.bounded_log import BoundedLog
+from mgpu.protocol.internal.process.bounded_log import BoundedLog
 
 TURN_S = 0.004
 """How long messages are handled before the engine is looked at again."""

@@ -3,7 +3,7 @@
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.requests.outgoing import Outgoing
 from mgpu.protocol.internal.gateway_messages import Cleared, GatewaySpec
-from mgpu.protocol.internal.work_record import Work, WorkRecord, name_of
+from mgpu.protocol.internal.process.work_record import Work, WorkRecord, name_of
 
 
 class Suspects:

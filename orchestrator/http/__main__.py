@@ -14,9 +14,9 @@ from pathlib import Path
 from mgpu.orchestrator.host.listening import remove_file
 from mgpu.orchestrator.http.edge.guard import ApiKeys
 from mgpu.orchestrator.http.server import allow_many_connections, front_client, new_event_loop, serve
-from mgpu.protocol.internal.child import BadSpec, end_with_parent, read_spec
 from mgpu.protocol.internal.http_spec import HTTP_LINK, READY, HttpSpec, NewApiKeys
-from mgpu.protocol.internal.logs import configure_logging
+from mgpu.protocol.internal.process.child import BadSpec, end_with_parent, read_spec
+from mgpu.protocol.internal.process.logs import configure_logging
 from mgpu.protocol.keys import ClientKeys
 
 OOM_SCORE = "600"

@@ -39,7 +39,7 @@ from mgpu.orchestrator.http.routes.text import (
     tokenize,
 )
 from mgpu.protocol.errors import MgpuError
-from mgpu.protocol.internal.bounded_log import BoundedLog
+from mgpu.protocol.internal.process.bounded_log import BoundedLog
 
 log = logging.getLogger(__name__)
 _BROKEN_OFF, _NOT_ANSWERED = BoundedLog(log, logging.ERROR), BoundedLog(log, logging.ERROR)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from mgpu.orchestrator.processes.task_limits import task_limit_hint
-from mgpu.protocol.internal.child import WAKE_UP, frame_spec
+from mgpu.protocol.internal.process.child import WAKE_UP, frame_spec
 
 log = logging.getLogger(__name__)
 

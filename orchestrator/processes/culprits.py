@@ -1,7 +1,7 @@
 """Find out whose input a gateway died of, and keep that client out for a while.
 
-The gateway writes what it works on into memory that outlives it (`protocol/internal/work_record.py`). After a death
-that clients can have caused, that is read here:
+The gateway writes what it works on into memory that outlives it (`protocol/internal/process/work_record.py`). After a
+death that clients can have caused, that is read here:
 
 - The owner of the message, or whom the gateway itself has accused, is shut out: for 1 s, then 2, 4, 8 and so on, up to
   `LONGEST_S`. Each quiet minute takes one step back.
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mgpu.protocol.internal.work_record import WorkRecord, make_record_file
+from mgpu.protocol.internal.process.work_record import WorkRecord, make_record_file
 
 FIRST_S = 1.0
 LONGEST_S = {"key:": 64.0, "pid:": 2.0}

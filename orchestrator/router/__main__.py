@@ -18,8 +18,8 @@ from mgpu.orchestrator.gateway.front.socket import FrontSocket
 from mgpu.orchestrator.gateway.front.transport.open_files import allow_many_connections
 from mgpu.orchestrator.router.fleet import Fleet
 from mgpu.orchestrator.router.router import Router
-from mgpu.protocol.internal.child import BadSpec, end_with_parent, frame_spec, read_spec
-from mgpu.protocol.internal.logs import configure_logging
+from mgpu.protocol.internal.process.child import BadSpec, end_with_parent, frame_spec, read_spec
+from mgpu.protocol.internal.process.logs import configure_logging
 from mgpu.protocol.internal.router_messages import ROUTER_LINK, RouterOrders, RouterReport, RouterSpec
 
 MAX_REQUEST_BYTES = 1 << 20

@@ -39,8 +39,8 @@ from mgpu.protocol.front.client_messages import (
 from mgpu.protocol.front.fields import FieldError
 from mgpu.protocol.front.framing import WireError
 from mgpu.protocol.front.server_messages import Failed, Keepalive, Resumed, ServerMessage, to_map
-from mgpu.protocol.internal.bounded_log import BoundedLog
 from mgpu.protocol.internal.client_limits import ClientLimits
+from mgpu.protocol.internal.process.bounded_log import BoundedLog
 
 TURN_S = 0.004
 QUANTUM_S = 0.0003

@@ -14,7 +14,7 @@ import zmq
 
 from harness.forked import ForkedProcess, shareable
 from harness.specs import BLOCK_SIZE
-from mgpu.protocol.internal.child import frame_spec
+from mgpu.protocol.internal.process.child import frame_spec
 from mgpu.protocol.internal.worker_messages import (
     CONTROL,
     AllocateCache,

@@ -22,7 +22,6 @@ from harness.waiting import eventually
 from mgpu import Client
 from mgpu.orchestrator.gateway.text.detokenizer import byte_level_table
 from mgpu.protocol.front.fields import int32_array
-from mgpu.protocol.internal.child import frame_spec
 from mgpu.protocol.internal.gateway_messages import (
     LINK,
     Alive,
@@ -42,6 +41,7 @@ from mgpu.protocol.internal.gateway_messages import (
     Submit,
 )
 from mgpu.protocol.internal.packed_logprobs import LogprobPacking
+from mgpu.protocol.internal.process.child import frame_spec
 from mgpu.protocol.internal.worker_messages import TokenLogprobs
 
 BOS, EOS, START, END = 256, 257, 258, 259

@@ -9,8 +9,8 @@ import sys
 import time
 from dataclasses import replace
 
-from mgpu.protocol.internal.child import frame_spec
 from mgpu.protocol.internal.host_messages import StartWorker, worker_identity
+from mgpu.protocol.internal.process.child import frame_spec
 from mgpu.protocol.internal.worker_messages import CONTROL, WorkerSpec
 from mgpu.protocol.keys import ClientKeys
 from mgpu.worker.join.launcher import Launched

@@ -10,9 +10,9 @@ from pathlib import Path
 import mgpu
 from mgpu.protocol.checkpoint.files.untrusted import CheckpointError
 from mgpu.protocol.checkpoint.fingerprint import model_print
-from mgpu.protocol.internal.commit import commit_of
 from mgpu.protocol.internal.host_messages import Hello
-from mgpu.protocol.internal.logs import configure_logging
+from mgpu.protocol.internal.process.commit import commit_of
+from mgpu.protocol.internal.process.logs import configure_logging
 from mgpu.protocol.keys import ClientKeys, KeyFileError, find_client_keys
 from mgpu.worker.join.agent import EXIT_CONFIG, Agent, host_of
 from mgpu.worker.join.child import WORKER_COMMAND, Here

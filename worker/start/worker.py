@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from mgpu.protocol.checkpoint.read import CheckpointError
-from mgpu.protocol.internal.child import BadSpec
+from mgpu.protocol.internal.process.child import BadSpec
 from mgpu.protocol.internal.worker_messages import (
     AllocateCache,
     LoadProgress,

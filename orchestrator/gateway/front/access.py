@@ -19,7 +19,7 @@ from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.front.strikes import ShutOut
 from mgpu.orchestrator.gateway.front.transport.descriptors import PROCESS
 from mgpu.protocol.front.client_messages import ClientMessage, Generate, ResumeRequest
-from mgpu.protocol.internal.bounded_log import BoundedLog
+from mgpu.protocol.internal.process.bounded_log import BoundedLog
 from mgpu.protocol.keys import KEY_BYTES, fingerprint
 
 ENDPOINT = "inproc://zeromq.zap.01"

@@ -21,7 +21,7 @@ from mgpu.orchestrator.gateway.text.processes.text_tasks import do
 from mgpu.orchestrator.gateway.text.text_queries import chat_of
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec
 from mgpu.protocol.front.client_messages import Detokenize, Generate, Tokenize
-from mgpu.protocol.internal.bounded_log import BoundedLog
+from mgpu.protocol.internal.process.bounded_log import BoundedLog
 
 INLINE_CHARS = 2048
 """Longer prompts go to another process."""

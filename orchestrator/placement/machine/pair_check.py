@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from mgpu.orchestrator.placement.machine.devices import Machine, worker_environment
-from mgpu.protocol.internal.child import end_with_parent
+from mgpu.protocol.internal.process.child import end_with_parent
 
 SWITCH = "MGPU_PAIR_CHECK"
 """0: believe the driver."""

@@ -17,7 +17,7 @@ from harness.server_process import running_server
 from harness.waiting import eventually
 from mgpu import Client, RequestFailed
 from mgpu.orchestrator.processes.culprits import Culprits
-from mgpu.protocol.internal.work_record import Work, WorkRecord, name_of
+from mgpu.protocol.internal.process.work_record import Work, WorkRecord, name_of
 
 KEY, OTHER = "key:0123456789abcdef", "key:fedcba9876543210"
 

@@ -16,7 +16,7 @@ from mgpu.orchestrator.processes import gateway_process
 from mgpu.orchestrator.processes.failures import GatewayLost, RestartPause
 from mgpu.orchestrator.processes.gateway_process import GatewayProcess
 from mgpu.protocol.internal.gateway_messages import RecordQuery
-from mgpu.protocol.internal.work_record import WorkRecord
+from mgpu.protocol.internal.process.work_record import WorkRecord
 
 
 @pytest.mark.parametrize("max_restarts", [0, 3])

@@ -13,7 +13,7 @@ from harness.collective_rank import spec_of
 from harness.forked import ForkedProcess
 from harness.parts import with_changes
 from harness.rank_processes import outputs, rank_processes
-from mgpu.protocol.internal.child import BadSpec
+from mgpu.protocol.internal.process.child import BadSpec
 from mgpu.protocol.internal.worker_messages import CONTROL
 from mgpu.protocol.model.placement import Transport
 from mgpu.worker.ranks import collectives, links

@@ -20,8 +20,8 @@ from mgpu.orchestrator.gateway.text.grammars.grammar import GrammarError
 from mgpu.orchestrator.gateway.text.processes.encoder_messages import ENCODER, LENGTH, EncoderSpec, TextReply, TextTask
 from mgpu.orchestrator.gateway.text.processes.text_tasks import do
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec, load_codec
-from mgpu.protocol.internal.child import end_with_parent
-from mgpu.protocol.internal.logs import configure_logging
+from mgpu.protocol.internal.process.child import end_with_parent
+from mgpu.protocol.internal.process.logs import configure_logging
 
 NICENESS = 10
 """Streams come first where there are too few cores for both."""

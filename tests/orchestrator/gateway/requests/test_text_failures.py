@@ -16,8 +16,8 @@ from mgpu.orchestrator.gateway.requests.request import Request
 from mgpu.orchestrator.gateway.text.processes.encoder_process import EncoderFailed
 from mgpu.protocol.front.client_messages import Generate
 from mgpu.protocol.front.fields import int32_bytes
-from mgpu.protocol.internal.bounded_log import BoundedLog
 from mgpu.protocol.internal.gateway_messages import Outputs
+from mgpu.protocol.internal.process.bounded_log import BoundedLog
 
 
 class LibraryPanic(BaseException):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mgpu.protocol.internal.logs import configure_logging, log_level
+from mgpu.protocol.internal.process.logs import configure_logging, log_level
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from mgpu.protocol.internal.bounded_log import BoundedLog
+from mgpu.protocol.internal.process.bounded_log import BoundedLog
 
 
 def test_a_kind_of_line_is_written_once_a_second_with_a_count(caplog: pytest.LogCaptureFixture) -> None:
