@@ -12,7 +12,7 @@ import click
 
 from mgpu.launch.pages.terminal import shown
 from mgpu.protocol.client.client import Client
-from mgpu.protocol.client.results import Usage
+from mgpu.protocol.client.requests.results import Usage
 from mgpu.protocol.errors import MgpuError
 from mgpu.protocol.internal.counted import counted
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mgpu.protocol.client.option_help import MEANINGS, default_words
+from mgpu.protocol.client.requests.option_help import MEANINGS, default_words
 from mgpu.protocol.front.chat_messages import TEMPLATE_OPTIONS
 from mgpu.protocol.front.client_messages import GENERATE_RULES
 from mgpu.protocol.front.fields import Array, FieldError, Flag, Integer, Number, Rule

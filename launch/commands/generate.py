@@ -12,7 +12,7 @@ from mgpu.launch.completion import complete_file
 from mgpu.launch.pages.help import Command
 from mgpu.orchestrator.errors import UserError
 from mgpu.protocol.client.client import Client
-from mgpu.protocol.client.results import Piece
+from mgpu.protocol.client.requests.results import Piece
 
 MOST_TOKENS = 512
 """Without --max-tokens a text ends here: a model that only continues it may never stop by itself."""

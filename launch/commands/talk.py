@@ -11,7 +11,7 @@ from mgpu.launch.completion import complete_endpoint, complete_file
 from mgpu.launch.pages.help import GroupedOption
 from mgpu.launch.pages.terminal import shown
 from mgpu.orchestrator.errors import UserError
-from mgpu.protocol.client.results import Piece, Usage
+from mgpu.protocol.client.requests.results import Piece, Usage
 from mgpu.protocol.errors import MgpuError
 
 NO_MODEL = (

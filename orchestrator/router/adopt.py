@@ -14,7 +14,7 @@ from mgpu.orchestrator.router.replica import Replica
 from mgpu.orchestrator.router.requests.part import Part
 from mgpu.orchestrator.router.requests.routed_request import RoutedRequest
 from mgpu.orchestrator.router.requests.table import RoutedTable
-from mgpu.protocol.client.resumable import RequestState
+from mgpu.protocol.client.transport.resumable import RequestState
 from mgpu.protocol.errors import MgpuError, RequestFailed
 from mgpu.protocol.front.server_messages import Failed, Resumed
 

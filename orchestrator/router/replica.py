@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mgpu.orchestrator.router.requests.affinity import PrefixKeys
 from mgpu.orchestrator.router.requests.part import Part
-from mgpu.protocol.client.session import Session
+from mgpu.protocol.client.transport.session import Session
 from mgpu.protocol.errors import MgpuError, ServerUnreachable
 from mgpu.protocol.front.server_messages import Health, Models, Stats
 from mgpu.protocol.keys import ClientKeys

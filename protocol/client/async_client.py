@@ -14,12 +14,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal, Self, Unpack, overload
 
-from mgpu.protocol.client import timeouts
-from mgpu.protocol.client.answer import Answer
-from mgpu.protocol.client.async_connection import AsyncConnection
 from mgpu.protocol.client.async_stream import AsyncCompletionStream
 from mgpu.protocol.client.backlog import Backlogs, UnreadBounds
-from mgpu.protocol.client.many import (
+from mgpu.protocol.client.requests.answer import Answer
+from mgpu.protocol.client.requests.many import (
     MAX_IN_FLIGHT,
     Answers,
     AnyPrompt,
@@ -31,11 +29,9 @@ from mgpu.protocol.client.many import (
     are_many,
     are_many_chats,
 )
-from mgpu.protocol.client.option_help import with_options
-from mgpu.protocol.client.request_message import GenerateOptions, chat_fields, generate_message, prompt_field
-from mgpu.protocol.client.results import Completion
-from mgpu.protocol.client.resumable import ResumableRequest
-from mgpu.protocol.client.session import Reply
+from mgpu.protocol.client.requests.option_help import with_options
+from mgpu.protocol.client.requests.request_message import GenerateOptions, chat_fields, generate_message, prompt_field
+from mgpu.protocol.client.requests.results import Completion
 from mgpu.protocol.client.text_queries import (
     Prompt,
     TemplateOptions,
@@ -44,6 +40,10 @@ from mgpu.protocol.client.text_queries import (
     tokenize_message,
     wait_before_retry_s,
 )
+from mgpu.protocol.client.transport import timeouts
+from mgpu.protocol.client.transport.async_connection import AsyncConnection
+from mgpu.protocol.client.transport.resumable import ResumableRequest
+from mgpu.protocol.client.transport.session import Reply
 from mgpu.protocol.errors import MgpuError, RequestFailed
 from mgpu.protocol.front.client_messages import QueryKind
 from mgpu.protocol.front.fields import int32_array

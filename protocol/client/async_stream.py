@@ -5,11 +5,11 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Self
 
-from mgpu.protocol.client.async_connection import AsyncConnection
 from mgpu.protocol.client.backlog import Backlogs
-from mgpu.protocol.client.results import Completion, Piece
-from mgpu.protocol.client.resumable import ResumableRequest
-from mgpu.protocol.client.wake import Wake
+from mgpu.protocol.client.requests.results import Completion, Piece
+from mgpu.protocol.client.transport.async_connection import AsyncConnection
+from mgpu.protocol.client.transport.resumable import ResumableRequest
+from mgpu.protocol.client.transport.wake import Wake
 from mgpu.protocol.errors import MgpuError
 from mgpu.protocol.front.server_messages import Accepted
 

@@ -10,7 +10,7 @@ Only what comes while a reader is busy counts. One that waits takes what a burst
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mgpu.protocol.client.answer import Answer
+from mgpu.protocol.client.requests.answer import Answer
 from mgpu.protocol.errors import RequestFailed
 
 

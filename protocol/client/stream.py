@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import Self
 
-from mgpu.protocol.client.connection import Connection
-from mgpu.protocol.client.results import Completion, Piece
-from mgpu.protocol.client.resumable import ResumableRequest
+from mgpu.protocol.client.requests.results import Completion, Piece
+from mgpu.protocol.client.transport.connection import Connection
+from mgpu.protocol.client.transport.resumable import ResumableRequest
 
 
 class CompletionStream(Iterator[Piece]):

@@ -3,8 +3,8 @@
 import time
 from collections.abc import Mapping, Sequence
 
-from mgpu.protocol.client.request_message import checked, messages_field, prompt_field
-from mgpu.protocol.client.resumable import RETRY_S
+from mgpu.protocol.client.requests.request_message import checked, messages_field, prompt_field
+from mgpu.protocol.client.transport.resumable import RETRY_S
 from mgpu.protocol.errors import RequestFailed
 from mgpu.protocol.front.client_messages import TextResult
 

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from mgpu.protocol.client.async_client import AsyncClient
     from mgpu.protocol.client.async_stream import AsyncCompletionStream
     from mgpu.protocol.client.client import Client
-    from mgpu.protocol.client.request_message import GenerateOptions
-    from mgpu.protocol.client.results import Completion, CompletionChoice, Piece, TokenLogprob, Usage
+    from mgpu.protocol.client.requests.request_message import GenerateOptions
+    from mgpu.protocol.client.requests.results import Completion, CompletionChoice, Piece, TokenLogprob, Usage
     from mgpu.protocol.client.stream import CompletionStream
     from mgpu.protocol.errors import DeadlineExceeded, MgpuError, RequestFailed, ServerStopped, ServerUnreachable
     from mgpu.protocol.front.server_messages import Health
@@ -44,9 +44,9 @@ _HOMES = {
     "AsyncCompletionStream": "mgpu.protocol.client.async_stream",
     "Client": "mgpu.protocol.client.client",
     "CompletionStream": "mgpu.protocol.client.stream",
-    "GenerateOptions": "mgpu.protocol.client.request_message",
+    "GenerateOptions": "mgpu.protocol.client.requests.request_message",
     "Health": "mgpu.protocol.front.server_messages",
-    **dict.fromkeys(_RESULTS, "mgpu.protocol.client.results"),
+    **dict.fromkeys(_RESULTS, "mgpu.protocol.client.requests.results"),
 }
 
 

@@ -19,8 +19,8 @@ import zmq
 
 from harness.gateway_process import GatewayProcess, make_model_folder
 from mgpu import GenerateOptions
-from mgpu.protocol.client.option_help import default_words
-from mgpu.protocol.client.request_message import SHORTCUTS
+from mgpu.protocol.client.requests.option_help import default_words
+from mgpu.protocol.client.requests.request_message import SHORTCUTS
 from mgpu.protocol.front import framing
 from mgpu.protocol.front.client_messages import DETOKENIZE_RULES, GENERATE_RULES, TOKENIZE_RULES
 from mgpu.protocol.front.fields import Rule

@@ -6,8 +6,8 @@ from bench.fuzz.choices import Choices
 from bench.fuzz.target import Target
 from mgpu.orchestrator.gateway.front.socket import id_of
 from mgpu.orchestrator.gateway.requests.resume_context import CONTEXT_CODEC
-from mgpu.protocol.client.answer import Answer
-from mgpu.protocol.client.resumable import ResumableRequest
+from mgpu.protocol.client.requests.answer import Answer
+from mgpu.protocol.client.transport.resumable import ResumableRequest
 from mgpu.protocol.errors import MgpuError
 from mgpu.protocol.front import framing
 from mgpu.protocol.front.client_messages import GENERATE_RULES, parse_client_message

@@ -10,7 +10,7 @@ from mgpu.orchestrator.http.edge.errors import HttpError
 from mgpu.orchestrator.http.requests import anthropic_rules, response_rules
 from mgpu.orchestrator.http.requests.fields import Fields, parse_fields
 from mgpu.orchestrator.http.routes import chat, completions, messages
-from mgpu.protocol.client.request_message import checked, messages_field, prompt_field
+from mgpu.protocol.client.requests.request_message import checked, messages_field, prompt_field
 from mgpu.protocol.errors import RequestFailed
 from mgpu.protocol.front.fields import Rule
 

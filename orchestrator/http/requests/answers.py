@@ -10,7 +10,7 @@ from starlette.requests import Request
 from mgpu.orchestrator.http.edge.errors import CLIENT_CLOSED_STATUS, HttpError
 from mgpu.orchestrator.http.edge.event_stream import KEEPALIVE_S, until_disconnect
 from mgpu.protocol.client.async_stream import AsyncCompletionStream
-from mgpu.protocol.client.results import Piece, Usage
+from mgpu.protocol.client.requests.results import Piece, Usage
 from mgpu.protocol.front.server_messages import Accepted
 
 T = TypeVar("T")

@@ -7,8 +7,8 @@ from typing import Any
 from mgpu.orchestrator.http.requests.anthropic_messages import AnthropicMessages, AnthropicToolChoice, AnthropicTools
 from mgpu.orchestrator.http.requests.fields import MODEL, SAMPLING, THINKING_BUDGET, add_chat_options
 from mgpu.orchestrator.http.requests.rules import parse_content
-from mgpu.protocol.client.request_message import GenerateOptions
-from mgpu.protocol.client.results import Usage
+from mgpu.protocol.client.requests.request_message import GenerateOptions
+from mgpu.protocol.client.requests.results import Usage
 from mgpu.protocol.front.chat_messages import TEMPLATE_OPTIONS
 from mgpu.protocol.front.fields import Array, FieldError, Flag, Rule, Text
 

@@ -8,7 +8,7 @@ from mgpu.orchestrator.http.edge.errors import HttpError, bad_request
 from mgpu.orchestrator.http.requests.forms import GUIDED, FormField, form_of
 from mgpu.orchestrator.http.requests.rules import LogitBias, Seed, Stop
 from mgpu.orchestrator.http.requests.tool_rules import choose
-from mgpu.protocol.client.request_message import GenerateOptions
+from mgpu.protocol.client.requests.request_message import GenerateOptions
 from mgpu.protocol.front.client_messages import GENERATE_RULES
 from mgpu.protocol.front.fields import INT32_MAX, FieldError, Integer, Rule, Text
 

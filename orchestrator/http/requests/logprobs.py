@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from mgpu.protocol.client.results import Piece, TokenLogprob
+from mgpu.protocol.client.requests.results import Piece, TokenLogprob
 
 
 def chat_logprobs(logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:

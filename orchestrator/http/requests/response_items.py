@@ -6,7 +6,7 @@ from itertools import takewhile
 from typing import Any
 
 from mgpu.orchestrator.http.requests.logprobs import MessageLogprobs
-from mgpu.protocol.client.results import Completion, Piece, ToolCallPart
+from mgpu.protocol.client.requests.results import Completion, Piece, ToolCallPart
 
 Body = dict[str, Any]
 NewId = Callable[[str], str]

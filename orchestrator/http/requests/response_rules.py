@@ -8,8 +8,8 @@ from mgpu.orchestrator.http.requests.fields import MODEL, SAMPLING, THINKING_BUD
 from mgpu.orchestrator.http.requests.forms import TextSettings
 from mgpu.orchestrator.http.requests.response_input import Input, ResponseTools
 from mgpu.orchestrator.http.requests.tool_rules import AllowedTools, ToolChoiceField
-from mgpu.protocol.client.request_message import GenerateOptions
-from mgpu.protocol.client.results import Usage
+from mgpu.protocol.client.requests.request_message import GenerateOptions
+from mgpu.protocol.client.requests.results import Usage
 from mgpu.protocol.front.chat_messages import TEMPLATE_OPTIONS
 from mgpu.protocol.front.fields import INT32_MAX, Array, Flag, Integer, Rule, Text, wrong
 

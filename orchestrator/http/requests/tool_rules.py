@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mgpu.protocol.client.results import ToolCall, ToolCallPart
+from mgpu.protocol.client.requests.results import ToolCall, ToolCallPart
 from mgpu.protocol.front.chat_messages import TOOL_CHOICE, TOOL_CHOICES, TOOLS
 from mgpu.protocol.front.fields import FieldError, shown, wrong
 

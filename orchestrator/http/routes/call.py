@@ -17,7 +17,7 @@ from mgpu.orchestrator.http.edge.body import read_object
 from mgpu.orchestrator.http.requests.fields import Fields, parse_fields
 from mgpu.orchestrator.http.routes.field_log import NAME_CHARS, FieldLog
 from mgpu.protocol.client.async_client import AsyncClient
-from mgpu.protocol.client.request_message import GenerateOptions
+from mgpu.protocol.client.requests.request_message import GenerateOptions
 from mgpu.protocol.front.fields import Rule
 
 _MOST_NAMES = 20

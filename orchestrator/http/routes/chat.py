@@ -22,8 +22,8 @@ from mgpu.orchestrator.http.requests.rules import Messages, StreamOptions
 from mgpu.orchestrator.http.requests.tool_rules import ToolChoiceField, call_body, call_delta
 from mgpu.orchestrator.http.routes.call import Call, event, text_json, to_json
 from mgpu.protocol.client.async_stream import AsyncCompletionStream
-from mgpu.protocol.client.request_message import GenerateOptions
-from mgpu.protocol.client.results import Completion, CompletionChoice, Piece, Usage
+from mgpu.protocol.client.requests.request_message import GenerateOptions
+from mgpu.protocol.client.requests.results import Completion, CompletionChoice, Piece, Usage
 from mgpu.protocol.errors import MgpuError
 from mgpu.protocol.front.chat_messages import DOCUMENTS, TEMPLATE_OPTIONS, TOOLS
 from mgpu.protocol.front.fields import INT32_MAX, Flag, Integer, Rule, Text

@@ -21,8 +21,8 @@ from mgpu.orchestrator.http.requests.logprobs import text_logprobs
 from mgpu.orchestrator.http.requests.rules import Maybe, Prompt, StreamOptions
 from mgpu.orchestrator.http.routes.call import Call, event, text_json, to_json
 from mgpu.protocol.client.async_stream import AsyncCompletionStream
-from mgpu.protocol.client.request_message import GenerateOptions
-from mgpu.protocol.client.results import Completion, Piece, Usage
+from mgpu.protocol.client.requests.request_message import GenerateOptions
+from mgpu.protocol.client.requests.results import Completion, Piece, Usage
 from mgpu.protocol.errors import MgpuError
 from mgpu.protocol.front.fields import Flag, Integer, Rule
 

@@ -21,8 +21,8 @@ from mgpu.orchestrator.http.requests.fields import Fields
 from mgpu.orchestrator.http.routes.call import Call, named_event
 from mgpu.orchestrator.http.routes.models import checked_model
 from mgpu.protocol.client.async_stream import AsyncCompletionStream
-from mgpu.protocol.client.request_message import GenerateOptions
-from mgpu.protocol.client.results import Completion, Piece, ToolCallPart, Usage
+from mgpu.protocol.client.requests.request_message import GenerateOptions
+from mgpu.protocol.client.requests.results import Completion, Piece, ToolCallPart, Usage
 from mgpu.protocol.errors import MgpuError
 from mgpu.protocol.front.server_messages import Accepted
 

@@ -14,7 +14,7 @@ from mgpu.orchestrator.http.requests.response_items import OutputEvents, output_
 from mgpu.orchestrator.http.requests.response_rules import RULES, echoed, response_options, usage_body
 from mgpu.orchestrator.http.routes.call import Call, named_event
 from mgpu.protocol.client.async_stream import AsyncCompletionStream
-from mgpu.protocol.client.results import Usage
+from mgpu.protocol.client.requests.results import Usage
 from mgpu.protocol.errors import MgpuError
 
 

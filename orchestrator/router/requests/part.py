@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from mgpu.orchestrator.router.requests.routed_request import RoutedRequest
-from mgpu.protocol.client.answer import Answer
-from mgpu.protocol.client.results import Usage
-from mgpu.protocol.client.resumable import ResumableRequest
+from mgpu.protocol.client.requests.answer import Answer
+from mgpu.protocol.client.requests.results import Usage
+from mgpu.protocol.client.transport.resumable import ResumableRequest
 from mgpu.protocol.errors import MgpuError
 from mgpu.protocol.front.server_messages import Finished, Tokens
 

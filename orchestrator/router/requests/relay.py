@@ -11,7 +11,7 @@ from typing import cast
 
 from mgpu.orchestrator.router.requests.part import Message, Part
 from mgpu.orchestrator.router.requests.table import RoutedTable
-from mgpu.protocol.client.resumable import RequestState
+from mgpu.protocol.client.transport.resumable import RequestState
 from mgpu.protocol.front.fields import FieldError
 from mgpu.protocol.front.server_messages import Accepted, parse_server_message
 

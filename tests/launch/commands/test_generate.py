@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from mgpu.launch.commands.generate import MOST_TOKENS, generate_command, stopped
 from mgpu.launch.commands.serve import serve_command
 from mgpu.orchestrator.errors import UserError
-from mgpu.protocol.client.results import Piece
+from mgpu.protocol.client.requests.results import Piece
 
 
 def pieces(count: int, finish_reason: str | None = None) -> Iterator[Piece]:

@@ -9,7 +9,7 @@ import torch
 
 from harness.gateway_process import GatewayProcess
 from mgpu import AsyncClient, Client, RequestFailed, ServerUnreachable
-from mgpu.protocol.client.request_message import generate_message, prompt_field
+from mgpu.protocol.client.requests.request_message import generate_message, prompt_field
 
 
 @pytest.mark.parametrize("ids", [

@@ -3,8 +3,8 @@
 import pytest
 
 from mgpu import MgpuError
-from mgpu.protocol.client.answer import Answer
 from mgpu.protocol.client.backlog import Backlogs, UnreadBounds
+from mgpu.protocol.client.requests.answer import Answer
 from mgpu.protocol.errors import RequestFailed
 from mgpu.protocol.front.server_messages import Finished, Tokens
 

@@ -13,7 +13,7 @@ import pytest
 
 from harness.gateway_process import DEADLINE_S, GatewayProcess
 from mgpu import AsyncClient, Client, MgpuError
-from mgpu.protocol.client.parsed_text import ParsedText, TextPart
+from mgpu.protocol.client.requests.parsed_text import ParsedText, TextPart
 
 PRELUDE = "import multiprocessing, os, sys; from mgpu import Client; client = Client(sys.argv[1])\n"
 FORKS = {

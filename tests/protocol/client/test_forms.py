@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from mgpu import RequestFailed
-from mgpu.protocol.client.request_message import generate_message
+from mgpu.protocol.client.requests.request_message import generate_message
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mgpu.protocol.client.request_message import SHORTCUTS, GenerateOptions
+from mgpu.protocol.client.requests.request_message import SHORTCUTS, GenerateOptions
 from mgpu.protocol.front.client_messages import (
     GENERATE_RULES,
     CancelRequest,

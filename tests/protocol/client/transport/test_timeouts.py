@@ -7,9 +7,9 @@ from typing import cast
 import pytest
 
 from mgpu import ServerUnreachable
-from mgpu.protocol.client import timeouts
-from mgpu.protocol.client.resumable import ResumableRequest
-from mgpu.protocol.client.session import Session
+from mgpu.protocol.client.transport import timeouts
+from mgpu.protocol.client.transport.resumable import ResumableRequest
+from mgpu.protocol.client.transport.session import Session
 
 
 class Clock:

@@ -13,8 +13,8 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from mgpu.protocol.client.resumable import ResumableRequest
-from mgpu.protocol.client.session import Session
+from mgpu.protocol.client.transport.resumable import ResumableRequest
+from mgpu.protocol.client.transport.session import Session
 from mgpu.protocol.errors import DeadlineExceeded, MgpuError
 
 DEFAULT_TIMEOUT_S = 600.0

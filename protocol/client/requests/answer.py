@@ -4,8 +4,8 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from mgpu.protocol.client.parsed_text import ParsedText, parser_for
-from mgpu.protocol.client.results import Completion, CompletionChoice, Piece, TokenLogprob, Usage
+from mgpu.protocol.client.requests.parsed_text import ParsedText, parser_for
+from mgpu.protocol.client.requests.results import Completion, CompletionChoice, Piece, TokenLogprob, Usage
 from mgpu.protocol.errors import DeadlineExceeded, MgpuError
 from mgpu.protocol.front.fields import FieldError
 from mgpu.protocol.front.server_messages import Accepted, Finished, Tokens

@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Mapping
 from enum import Enum, auto
 
-from mgpu.protocol.client.answer import Answer
+from mgpu.protocol.client.requests.answer import Answer
 from mgpu.protocol.errors import DeadlineExceeded, MgpuError, RequestFailed, ServerStopped, ServerUnreachable
 from mgpu.protocol.front.server_messages import Accepted, Failed, Finished, Keepalive, Resumed, ServerMessage, Tokens
 

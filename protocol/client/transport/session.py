@@ -12,8 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-from mgpu.protocol.client.channel import Channel, Event
-from mgpu.protocol.client.resumable import RETRY_S, ResumableRequest, error_of
+from mgpu.protocol.client.transport.channel import Channel, Event
+from mgpu.protocol.client.transport.resumable import RETRY_S, ResumableRequest, error_of
 from mgpu.protocol.errors import MgpuError
 from mgpu.protocol.front import framing
 from mgpu.protocol.front.fields import FieldError

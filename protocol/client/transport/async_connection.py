@@ -8,10 +8,10 @@ from pathlib import Path
 
 import zmq
 
-from mgpu.protocol.client import timeouts
-from mgpu.protocol.client.resumable import ResumableRequest
-from mgpu.protocol.client.session import Reply, Session
-from mgpu.protocol.client.wake import Wake
+from mgpu.protocol.client.transport import timeouts
+from mgpu.protocol.client.transport.resumable import ResumableRequest
+from mgpu.protocol.client.transport.session import Reply, Session
+from mgpu.protocol.client.transport.wake import Wake
 from mgpu.protocol.discovery import ServerFinder
 from mgpu.protocol.errors import MgpuError
 from mgpu.protocol.keys import ClientKeys

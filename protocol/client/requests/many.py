@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 
-from mgpu.protocol.client.request_message import chat_fields, prompt_field
-from mgpu.protocol.client.results import Completion
+from mgpu.protocol.client.requests.request_message import chat_fields, prompt_field
+from mgpu.protocol.client.requests.results import Completion
 from mgpu.protocol.errors import MgpuError, RequestFailed
 
 OnePrompt = str | Sequence[int]

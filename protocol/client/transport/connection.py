@@ -19,10 +19,10 @@ from weakref import WeakSet
 
 import zmq
 
-from mgpu.protocol.client import timeouts
-from mgpu.protocol.client.many import Answers, AnyPrompt
-from mgpu.protocol.client.resumable import ResumableRequest
-from mgpu.protocol.client.session import Reply, Session
+from mgpu.protocol.client.requests.many import Answers, AnyPrompt
+from mgpu.protocol.client.transport import timeouts
+from mgpu.protocol.client.transport.resumable import ResumableRequest
+from mgpu.protocol.client.transport.session import Reply, Session
 from mgpu.protocol.errors import MgpuError
 
 _SHARED_POLL_S = 0.02

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from mgpu.protocol.client.wake import Wake
+from mgpu.protocol.client.transport.wake import Wake
 
 
 def test_all_that_wait_go_on_when_it_is_set() -> None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import pytest
 
 from mgpu import RequestFailed, ServerUnreachable
-from mgpu.protocol.client.answer import Answer
-from mgpu.protocol.client.resumable import RETRY_S, TRANSITIONS, Message, RequestState, ResumableRequest
+from mgpu.protocol.client.requests.answer import Answer
+from mgpu.protocol.client.transport.resumable import RETRY_S, TRANSITIONS, Message, RequestState, ResumableRequest
 from mgpu.protocol.front.fields import FieldError
 from mgpu.protocol.front.server_messages import Accepted, Failed, Finished, Keepalive, Resumed, ServerMessage, Tokens
 

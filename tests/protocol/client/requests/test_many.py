@@ -11,7 +11,7 @@ import pytest
 from harness.gateway_process import BOS, GatewayProcess
 from harness.scripted_server import DEADLINE_S, ScriptedServer
 from mgpu import AsyncClient, Client, Completion, DeadlineExceeded, MgpuError, RequestFailed, ServerUnreachable
-from mgpu.protocol.client.many import AnyPrompt
+from mgpu.protocol.client.requests.many import AnyPrompt
 
 HI = [{"role": "user", "content": "Hi"}]
 

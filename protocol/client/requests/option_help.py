@@ -10,7 +10,7 @@ from dataclasses import fields
 from textwrap import fill
 from typing import Any, TypeVar, get_type_hints
 
-from mgpu.protocol.client.request_message import SHORTCUTS, GenerateOptions
+from mgpu.protocol.client.requests.request_message import SHORTCUTS, GenerateOptions
 from mgpu.protocol.front.client_messages import GENERATE_RULES, Generate
 
 F = TypeVar("F", bound=Callable[..., Any])

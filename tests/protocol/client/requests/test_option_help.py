@@ -11,8 +11,8 @@ import pytest
 import mgpu
 from harness.gateway_process import GatewayProcess, says
 from mgpu import AsyncClient, Client, Completion, CompletionChoice, GenerateOptions, Usage
-from mgpu.protocol.client.option_help import MEANINGS
-from mgpu.protocol.client.request_message import SHORTCUTS
+from mgpu.protocol.client.requests.option_help import MEANINGS
+from mgpu.protocol.client.requests.request_message import SHORTCUTS
 from mgpu.protocol.front.client_messages import GENERATE_RULES
 
 METHODS = ["generate", "stream", "chat", "stream_chat", "map"]

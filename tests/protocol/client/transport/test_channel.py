@@ -5,7 +5,7 @@ from pathlib import Path
 import zmq
 
 from harness.waiting import eventually
-from mgpu.protocol.client.channel import Channel
+from mgpu.protocol.client.transport.channel import Channel
 from mgpu.protocol.front import framing
 
 BURST = 3000

@@ -9,7 +9,7 @@ from mgpu.protocol.chat.answer_parser import AnswerParser, ParsedAnswer
 from mgpu.protocol.chat.events import CallArguments, CallBegin, CallBroken, Content, Event, Reasoning
 from mgpu.protocol.chat.formats import REASONING_FORMAT_NAMES, TOOL_FORMATS, ChatFormat
 from mgpu.protocol.chat.tools import OfferedTools
-from mgpu.protocol.client.results import ToolCall, ToolCallPart
+from mgpu.protocol.client.requests.results import ToolCall, ToolCallPart
 from mgpu.protocol.front.chat_messages import MAX_CALLS
 from mgpu.protocol.front.server_messages import Accepted
 
