@@ -12,7 +12,7 @@ import zmq
 
 from bench.chaos.bad_inputs import FIELDS, FRAMES, Peer
 from bench.chaos.table import Row
-from harness.text_model import write_text_model
+from harness.models.text_model import write_text_model
 
 FAULTS = {
     "--gateway-kills": (1, "SIGKILL of the gateway"),

@@ -8,8 +8,8 @@ import pytest
 
 from bench.http.chaos import HTTP, WORKER, kill
 from bench.http.connections import Server, run
-from harness.gateway_process import GatewayProcess, make_model_folder
-from harness.http_process import HttpServer
+from harness.servers.gateway_process import GatewayProcess, make_model_folder
+from harness.servers.http_process import HttpServer
 
 TEXTS = {"a": "A", "b": "B"}
 

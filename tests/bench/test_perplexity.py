@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bench import perplexity
-from harness.random_model import write_random_model
-from harness.stage_driver import logits_in_chunks
+from harness.models.random_model import write_random_model
+from harness.ranks.stage_driver import logits_in_chunks
 from mgpu.protocol.checkpoint.read import read_checkpoint
 
 IDS = [5, 90, 17, 3, 44, 61, 8, 29, 70, 11]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.demo_model import demo_model
-from harness.text_model import write_text_model
+from harness.models.demo_model import demo_model
+from harness.models.text_model import write_text_model
 from mgpu.launch.server_process import ServerProcess
 
 REAL_NAME = "smollm2"

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from harness.random_model import write_random_model
+from harness.models.random_model import write_random_model
 from mgpu import AsyncClient, Client, Completion
 from mgpu.launch.server_process import ServerProcess
 

@@ -4,7 +4,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from harness.text_model import VOCABULARY
+from harness.models.text_model import VOCABULARY
 from harness.waiting import eventually
 from mgpu import Client
 from mgpu.launch.server_process import running_server

@@ -5,7 +5,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness.tiny_models import make_tiny_model
+from harness.models.tiny_models import make_tiny_model
 from harness.waiting import eventually
 from mgpu import Client
 from mgpu.launch.server_process import ServerProcess

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.golden_prompts import golden
+from harness.answers.golden_prompts import golden
 from mgpu import Client
 from mgpu.launch.server_process import running_server
 

@@ -26,7 +26,7 @@ def greedy_tokens(*arguments: str, new_tokens: int = 12) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from harness.tiny_models import make_tiny_model
+    from harness.models.tiny_models import make_tiny_model
 
     folder = tmp_path_factory.mktemp("tiny")
     make_tiny_model("llama", folder)
@@ -62,7 +62,7 @@ def test_pinned_staging_gives_the_same_tokens(
 
 @pytest.mark.parametrize("quant", ["8", "4", "fp8"])
 def test_quantized_fp32_tokens_equal_those_of_the_cpu(tmp_path: Path, quant: str) -> None:
-    from harness.random_model import write_random_model
+    from harness.models.random_model import write_random_model
 
     arguments = ["-m", str(write_random_model(tmp_path)), "--dtype", "float32", "--quant", quant]
     expected = greedy_tokens(*arguments, "--device", "cpu")
@@ -71,7 +71,7 @@ def test_quantized_fp32_tokens_equal_those_of_the_cpu(tmp_path: Path, quant: str
 
 @pytest.mark.parametrize("layout", [["--tp", "1"], ["--oversubscribe", "--workers", "2", "--tp", "2"]], ids=str)
 def test_fp32_tokens_over_a_float8_cache_equal_those_of_the_cpu(tmp_path: Path, layout: list[str]) -> None:
-    from harness.random_model import write_random_model
+    from harness.models.random_model import write_random_model
 
     arguments = ["-m", str(write_random_model(tmp_path)), "--dtype", "float32", "--kv-cache-dtype", "fp8"]
     expected = greedy_tokens(*arguments, "--device", "cpu")

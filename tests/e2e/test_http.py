@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from harness.http_client import get, post
+from harness.servers.http_client import get, post
 from mgpu import Client
 from mgpu.launch.server_process import ServerProcess
 

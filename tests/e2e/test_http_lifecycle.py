@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness.http_client import JSON_TYPE, Answer, connection_to, get, opened, post
+from harness.servers.http_client import JSON_TYPE, Answer, connection_to, get, opened, post
 from harness.waiting import eventually
 from mgpu import Client
 from mgpu.launch.server_process import ServerProcess

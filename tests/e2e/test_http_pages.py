@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from harness.http_client import ask, get, post
+from harness.servers.http_client import ask, get, post
 from mgpu.launch.server_process import ServerProcess
 
 ROOT = Path(__file__).parent.parent.parent

@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness.joined_hosts import JoinedServer, joined_server, make_keys
-from harness.model_files import LLAMA_CONFIG, write_llama_folder
+from harness.models.model_files import LLAMA_CONFIG, write_llama_folder
+from harness.ranks.joined_hosts import JoinedServer, joined_server, make_keys
 from harness.waiting import eventually
 from mgpu import Client
 from mgpu.launch.commands.keygen import make_client

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.gateway_process import GatewayProcess, make_model_folder
+from harness.servers.gateway_process import GatewayProcess, make_model_folder
 
 ROOT = Path(__file__).parents[2]
 BASE = ("zmq", "pyzmq.libs", "msgpack")

@@ -33,7 +33,7 @@ def served(*arguments: str, says: str = "", environ: dict[str, str] | None = Non
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from harness.random_model import write_random_model
+    from harness.models.random_model import write_random_model
 
     return str(write_random_model(tmp_path_factory.mktemp("random")))
 

@@ -17,7 +17,7 @@ import msgpack
 import pytest
 import zmq
 
-from harness.gateway_process import GatewayProcess, make_model_folder
+from harness.servers.gateway_process import GatewayProcess, make_model_folder
 from mgpu import GenerateOptions
 from mgpu.protocol.client.requests.option_help import default_words
 from mgpu.protocol.client.requests.request_message import SHORTCUTS

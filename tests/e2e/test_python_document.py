@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.gateway_process import GatewayProcess, make_model_folder, says
-from harness.tool_templates import QWEN
+from harness.answers.tool_templates import QWEN
+from harness.servers.gateway_process import GatewayProcess, make_model_folder, says
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = [

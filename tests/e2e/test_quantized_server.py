@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.random_model import write_random_model
-from harness.rank_threads import ThreadGroup, run_ranks
-from harness.stage_driver import Row, Stages, make_batch
+from harness.models.random_model import write_random_model
+from harness.ranks.rank_threads import ThreadGroup, run_ranks
+from harness.ranks.stage_driver import Row, Stages, make_batch
 from mgpu import Client
 from mgpu.launch.server_process import ServerProcess
 from mgpu.protocol.checkpoint.read import read_checkpoint

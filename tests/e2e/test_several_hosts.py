@@ -9,7 +9,7 @@ import pytest
 
 from bench.hosts.cluster import Cluster
 from bench.hosts.network import Loopback, Network, why_not
-from harness.tiny_models import TinyModel, make_tiny_model
+from harness.models.tiny_models import TinyModel, make_tiny_model
 from harness.waiting import eventually
 from mgpu import Client
 

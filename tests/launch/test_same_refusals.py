@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import zmq
 
-from harness.demo_model import demo_model
-from harness.model_files import LLAMA_CONFIG, write_config, write_llama_folder
+from harness.models.demo_model import demo_model
+from harness.models.model_files import LLAMA_CONFIG, write_config, write_llama_folder
 from mgpu.launch import cli
 from mgpu.launch.commands.keygen import make_server
 from mgpu.launch.settings.config import ServeConfig, load_config

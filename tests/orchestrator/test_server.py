@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness.fake_model import solo_tokens
-from harness.server_process import ServerProcess, ready_server, running_server
+from harness.servers.fake_model import solo_tokens
+from harness.servers.server_process import ServerProcess, ready_server, running_server
 from harness.waiting import eventually
 from mgpu.protocol.discovery import running_servers
 from mgpu.protocol.internal.gateway_messages import LINK, Cancel, StateKnown, StatsQuery

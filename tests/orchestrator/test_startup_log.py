@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from harness.server_process import config
+from harness.servers.server_process import config
 from mgpu.orchestrator.scheduler.limits import Limits
 from mgpu.orchestrator.startup_log import ProgressBar, log_ready, recovered_line
 from mgpu.protocol.internal.worker_messages import LoadProgress, Ready

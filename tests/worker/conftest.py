@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.random_model import write_random_model
-from harness.tiny_models import TinyModel, make_tiny_model
+from harness.models.random_model import write_random_model
+from harness.models.tiny_models import TinyModel, make_tiny_model
 from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before any kernel module is imported
 
 if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
-    from harness.triton_interpreter import mend_interpreter
+    from harness.kernels.triton_interpreter import mend_interpreter
 
     mend_interpreter()
 

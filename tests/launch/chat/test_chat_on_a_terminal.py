@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.gateway_process import GatewayProcess, make_model_folder, says
+from harness.servers.gateway_process import GatewayProcess, make_model_folder, says
 from harness.terminal import TURN_S, Terminal
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.gateway_process import GatewayProcess, make_model_folder
-from harness.http_client import get, post
+from harness.servers.gateway_process import GatewayProcess, make_model_folder
+from harness.servers.http_client import get, post
 from mgpu.protocol.internal.gateway_messages import ServerKeys
 from mgpu.protocol.keys import key_text, new_pair
 

@@ -10,8 +10,8 @@ import pytest
 
 from harness.assertions import assert_has_all
 from harness.command_line import run_command
-from harness.demo_model import demo_model
-from harness.model_files import write_llama_folder
+from harness.models.demo_model import demo_model
+from harness.models.model_files import write_llama_folder
 
 QWEN3_32B = {
     "architectures": ["Qwen3ForCausalLM"], "hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.gateway_process import GatewayProcess, make_model_folder
+from harness.servers.gateway_process import GatewayProcess, make_model_folder
 from harness.waiting import eventually
 from mgpu import Client
 from mgpu.protocol.discovery import BASE_VARIABLE, running_servers

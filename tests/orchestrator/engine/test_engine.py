@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.fake_model import solo_tokens
-from harness.server_process import ServerProcess, ready_server
+from harness.servers.fake_model import solo_tokens
+from harness.servers.server_process import ServerProcess, ready_server
 from mgpu.orchestrator.engine.engine import LONGEST_SLEEP_S
 from mgpu.protocol.internal.gateway_messages import LINK, Cancel, Outputs, StatsQuery, Submit, WakeUp
 from mgpu.protocol.internal.worker_messages import RowSampling

@@ -9,7 +9,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from harness.server_process import config
+from harness.servers.server_process import config
 from mgpu.orchestrator.engine.engine import Engine
 from mgpu.orchestrator.engine.life_cycle import ServerState
 from mgpu.orchestrator.host.signals import Signals

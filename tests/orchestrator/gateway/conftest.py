@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.gateway_process import GatewayProcess, make_model_folder
+from harness.servers.gateway_process import GatewayProcess, make_model_folder
 from mgpu import Client
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import msgpack
 import pytest
 
-from harness.gateway_process import VOCAB_SIZE, GatewayProcess, assert_serves
-from harness.raw_peer import RawPeer
+from harness.servers.gateway_process import VOCAB_SIZE, GatewayProcess, assert_serves
+from harness.servers.raw_peer import RawPeer
 from mgpu.protocol.front.framing import VERSION
 
 MiB = 1 << 20

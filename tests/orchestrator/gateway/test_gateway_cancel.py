@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from harness.gateway_process import GatewayProcess
-from harness.raw_peer import RawPeer
+from harness.servers.gateway_process import GatewayProcess
+from harness.servers.raw_peer import RawPeer
 
 SESSION = "5f1d7c0b2a94e683"
 ENDINGS = ("finished", "failed")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.gateway_process import GatewayProcess
+from harness.servers.gateway_process import GatewayProcess
 from mgpu import Client, RequestFailed
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.model.sampling import SamplingDefaults

@@ -10,8 +10,8 @@ import msgpack
 import pytest
 import zmq
 
-from harness.gateway_process import GatewayProcess, assert_serves
-from harness.raw_peer import RawPeer
+from harness.servers.gateway_process import GatewayProcess, assert_serves
+from harness.servers.raw_peer import RawPeer
 from mgpu import Client
 from mgpu.orchestrator.gateway.requests.quota import MAX_RETRY_S, MIN_RETRY_S
 from mgpu.protocol.front.framing import VERSION

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import zmq
 
-from harness.gateway_process import DEADLINE_S, GatewayProcess, assert_serves
-from harness.raw_peer import read_until_closed
+from harness.servers.gateway_process import DEADLINE_S, GatewayProcess, assert_serves
+from harness.servers.raw_peer import read_until_closed
 from harness.waiting import eventually
 from mgpu import Client, RequestFailed
 from mgpu.protocol.errors import ServerUnreachable

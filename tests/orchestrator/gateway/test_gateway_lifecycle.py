@@ -13,8 +13,8 @@ import psutil
 import pytest
 import zmq
 
-from harness.gateway_process import DEADLINE_S, GatewayProcess, assert_serves
-from harness.raw_peer import RawPeer, read_until_closed
+from harness.servers.gateway_process import DEADLINE_S, GatewayProcess, assert_serves
+from harness.servers.raw_peer import RawPeer, read_until_closed
 from harness.waiting import eventually
 from mgpu import Client, RequestFailed
 from mgpu.protocol.front.framing import pack, unpack
@@ -225,8 +225,8 @@ def test_a_parent_killed_outright_leaves_neither_process_nor_folder(tmp_path: Pa
 import sys, time
 from pathlib import Path
 import subprocess
-from harness.gateway_process import GatewayProcess
-from harness.raw_peer import read_until_closed
+from harness.servers.gateway_process import GatewayProcess
+from harness.servers.raw_peer import read_until_closed
 gateway = GatewayProcess(Path({str(model_folder)!r}))
 holder = subprocess.Popen(["sleep", "60"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                           pass_fds=[gateway.process.stdin.fileno()])

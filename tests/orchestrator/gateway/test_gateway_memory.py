@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.gateway_process import DEADLINE_S, GatewayProcess
-from harness.zmtp_flood import MiB, flood, hear, raw_connection
+from harness.servers.gateway_process import DEADLINE_S, GatewayProcess
+from harness.servers.zmtp_flood import MiB, flood, hear, raw_connection
 from mgpu import Client
 from mgpu.orchestrator.gateway.memory_limit import MemoryFull, MemoryLimit, room_for
 from mgpu.protocol.internal.client_limits import ClientLimits

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import zmq
 
-from harness.gateway_process import DEADLINE_S, GatewayProcess, assert_serves
-from harness.raw_peer import RawPeer
+from harness.servers.gateway_process import DEADLINE_S, GatewayProcess, assert_serves
+from harness.servers.raw_peer import RawPeer
 from mgpu import Client
 from mgpu.orchestrator.gateway.requests.quota import MAX_QUESTIONS_OF_ACCOUNT, MAX_RETRY_S, MIN_RETRY_S
 from mgpu.protocol.internal.client_limits import ClientLimits

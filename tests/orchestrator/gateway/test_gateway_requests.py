@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from harness.gateway_process import BOS, EOS, GatewayProcess, says
+from harness.servers.gateway_process import BOS, EOS, GatewayProcess, says
 from harness.waiting import eventually
 from mgpu import Client, DeadlineExceeded, RequestFailed
 from mgpu.protocol.front.fields import int32_array

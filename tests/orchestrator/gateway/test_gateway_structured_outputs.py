@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("llguidance")
 
-from harness.gateway_process import EOS, VOCAB_SIZE, GatewayProcess, make_model_folder, says
+from harness.servers.gateway_process import EOS, VOCAB_SIZE, GatewayProcess, make_model_folder, says
 from harness.waiting import eventually
 from mgpu import Client, RequestFailed
 from mgpu.protocol.internal.worker_messages import Vocabulary

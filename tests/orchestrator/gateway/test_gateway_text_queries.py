@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.gateway_process import BOS, EOS, START, GatewayProcess, make_model_folder
-from harness.raw_peer import RawPeer
+from harness.servers.gateway_process import BOS, EOS, START, GatewayProcess, make_model_folder
+from harness.servers.raw_peer import RawPeer
 from mgpu import Client, RequestFailed
 from mgpu.orchestrator.gateway.requests.prompts import INLINE_CHARS, INLINE_IDS
 from mgpu.orchestrator.gateway.text.text_queries import MAX_REPLY_BYTES

@@ -8,9 +8,9 @@ import pytest
 
 pytest.importorskip("llguidance")
 
-from harness.gateway_process import EOS, GatewayProcess, make_model_folder, says
-from harness.grammar_follower import GrammarFollower
-from harness.tool_templates import HARMONY, QWEN, weather_tool
+from harness.answers.grammar_follower import GrammarFollower
+from harness.answers.tool_templates import HARMONY, QWEN, weather_tool
+from harness.servers.gateway_process import EOS, GatewayProcess, make_model_folder, says
 from mgpu import Client, RequestFailed
 from mgpu.protocol.front.fields import int32_array
 from mgpu.protocol.internal.gateway_messages import Submit

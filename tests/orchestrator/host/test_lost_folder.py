@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.server_process import ServerProcess, ready_server
+from harness.servers.server_process import ServerProcess, ready_server
 from harness.waiting import eventually
 from mgpu.protocol.discovery import BASE_VARIABLE, running_servers
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from harness.assertions import assert_has_all
-from harness.fake_model import solo_tokens
-from harness.server_process import DEADLINE_S, ready_server, running_server
+from harness.servers.fake_model import solo_tokens
+from harness.servers.server_process import DEADLINE_S, ready_server, running_server
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.host.reload import Reloadable, Reloader
 from mgpu.protocol.internal.client_limits import ClientLimits

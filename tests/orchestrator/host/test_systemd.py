@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness.server_process import ServerProcess, ready_server, running_server
+from harness.servers.server_process import ServerProcess, ready_server, running_server
 from mgpu.orchestrator.host.systemd import EXTEND_S, NOTIFY_INTERVAL_S, VARIABLES, Notifier
 from mgpu.protocol.internal.worker_messages import LoadProgress
 

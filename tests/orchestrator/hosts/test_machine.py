@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from harness.hellos import hello, roster
+from harness.ranks.hellos import hello, roster
 from harness.specs import make_facts
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.hosts.machine import check_layout, machine_of, repeated

@@ -5,7 +5,7 @@ import time
 import pytest
 import zmq
 
-from harness.server_process import config
+from harness.servers.server_process import config
 from mgpu.orchestrator.config import Restarts
 from mgpu.orchestrator.host.runtime_dir import RuntimeDir
 from mgpu.orchestrator.processes.failures import HostLost, TooManyRestarts, WorkerLost

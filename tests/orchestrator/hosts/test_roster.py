@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from harness.hellos import MODEL, hello, roster
+from harness.ranks.hellos import MODEL, hello, roster
 from mgpu.orchestrator.hosts.roster import missing_text, wrong_nodes_text
 from mgpu.protocol.internal.host_messages import RankDevice
 from mgpu.protocol.model.fingerprint import ModelPrint

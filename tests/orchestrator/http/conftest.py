@@ -6,8 +6,8 @@ from pathlib import Path
 import openai
 import pytest
 
-from harness.gateway_process import GatewayProcess, make_model_folder
-from harness.http_process import HttpServer
+from harness.servers.gateway_process import GatewayProcess, make_model_folder
+from harness.servers.http_process import HttpServer
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,8 @@ from hashlib import sha256
 import pytest
 
 from harness.browser import NARROW, WIDE, Browser
-from harness.gateway_process import GatewayProcess, says
-from harness.http_process import HttpServer
+from harness.servers.gateway_process import GatewayProcess, says
+from harness.servers.http_process import HttpServer
 from harness.waiting import eventually
 from mgpu.protocol.internal.http_spec import ApiKey
 

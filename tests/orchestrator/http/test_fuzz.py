@@ -12,9 +12,9 @@ import psutil
 import pytest
 
 from bench.http.document_fuzz import ALLOWED, FORBIDDEN, HIDDEN, fuzz, operations
-from harness.gateway_process import TEMPLATE, GatewayProcess, make_model_folder, says
-from harness.http_client import JSON_TYPE, Answer, connection_to
-from harness.http_process import HttpServer
+from harness.servers.gateway_process import TEMPLATE, GatewayProcess, make_model_folder, says
+from harness.servers.http_client import JSON_TYPE, Answer, connection_to
+from harness.servers.http_process import HttpServer
 from harness.waiting import eventually
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the fuzzer

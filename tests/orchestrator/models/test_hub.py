@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.fake_hub import COMMIT, FakeHub, serving
-from harness.model_files import LLAMA_METADATA, gguf_bytes, llama_gguf_tensors, write_llama_folder
+from harness.models.fake_hub import COMMIT, FakeHub, serving
+from harness.models.model_files import LLAMA_METADATA, gguf_bytes, llama_gguf_tensors, write_llama_folder
 from mgpu.orchestrator.errors import HubUnreachable, ModelError
 from mgpu.orchestrator.models import demo, hub_headers, hub_listing, hub_transfer
 from mgpu.orchestrator.models.find import ResolvedModel, read_model, resolve_model

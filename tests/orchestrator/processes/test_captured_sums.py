@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from harness.fake_model import solo_tokens
-from harness.server_process import ready_server, running_server
+from harness.servers.fake_model import solo_tokens
+from harness.servers.server_process import ready_server, running_server
 
 WITHOUT = "from now on sums of NCCL are not part of CUDA graphs"
 BY_NCCL = {"ranks_per_stage": 2, "device_kind": "cuda", "standby": False, "transport": "nccl"}

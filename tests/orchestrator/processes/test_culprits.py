@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from harness.fake_model import solo_tokens
-from harness.gateway_loss import endpoint_of
-from harness.mortal_gateway import ABORT, COMMAND, SPIN
-from harness.raw_peer import RawPeer
-from harness.server_process import running_server
+from harness.servers.fake_model import solo_tokens
+from harness.servers.gateway_loss import endpoint_of
+from harness.servers.mortal_gateway import ABORT, COMMAND, SPIN
+from harness.servers.raw_peer import RawPeer
+from harness.servers.server_process import running_server
 from harness.waiting import eventually
 from mgpu import Client, RequestFailed
 from mgpu.orchestrator.processes.culprits import Culprits

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from harness.server_process import config, ready_server
+from harness.servers.server_process import config, ready_server
 from harness.waiting import eventually
 from mgpu.orchestrator.host.runtime_dir import RuntimeDir
 from mgpu.orchestrator.processes.gateway_process import GatewayProcess, Watchdog

@@ -5,11 +5,11 @@ import os
 import threading
 from pathlib import Path
 
-from harness.fake_model import solo_tokens
-from harness.gateway_loss import REAL_GATEWAY, endpoint_of
-from harness.server_process import DEADLINE_S, ServerProcess, running_server
+from harness.servers.fake_model import solo_tokens
+from harness.servers.gateway_loss import REAL_GATEWAY, endpoint_of
+from harness.servers.server_process import DEADLINE_S, ServerProcess, running_server
+from harness.servers.zmtp_flood import MiB, flood
 from harness.waiting import eventually
-from harness.zmtp_flood import MiB, flood
 from mgpu import Client
 
 NUM_FLOODS = 3

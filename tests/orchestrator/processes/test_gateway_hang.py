@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.fake_model import solo_tokens
-from harness.gateway_loss import REAL_GATEWAY, SESSION, endpoint_of, gateway_of, lose_the_gateway, resumable
-from harness.server_process import ServerProcess, ready_server, running_server
+from harness.servers.fake_model import solo_tokens
+from harness.servers.gateway_loss import REAL_GATEWAY, SESSION, endpoint_of, gateway_of, lose_the_gateway, resumable
+from harness.servers.server_process import ServerProcess, ready_server, running_server
 from mgpu import Client
 from mgpu.protocol.internal.gateway_messages import RecordQuery
 
@@ -19,7 +19,7 @@ MANY = 1000
 def stop_the_gateway(server: ServerProcess) -> None:
     """Let it hang, and wait until the next one is told that all is well."""
     known = len(server.infos)
-    [gateway] = server.children_like("harness.fake_gateway")
+    [gateway] = server.children_like("harness.servers.fake_gateway")
     gateway.suspend()
     server.wait_for(lambda: any(info.state == "ready" for info in server.infos[known:]))
 
@@ -42,7 +42,7 @@ def test_a_request_goes_on_while_a_gateway_that_hangs_is_replaced(folder: Path) 
 
 def test_a_gateway_that_hangs_counts_as_a_failure(folder: Path) -> None:
     with ready_server(folder, gateway_timeout_s=2.0, max_restarts=0) as server:
-        [gateway] = server.children_like("harness.fake_gateway")
+        [gateway] = server.children_like("harness.servers.fake_gateway")
         gateway.suspend()
         assert server.wait_exit() == 1
         assert "giving up after 0 restarts within 600 s; the last cause: the gateway failed: it hangs" in server.log

@@ -9,9 +9,9 @@ from unittest.mock import MagicMock
 import pytest
 import zmq
 
-from harness.fake_model import solo_tokens
-from harness.gateway_loss import SESSION, lose_the_gateway, resumable
-from harness.server_process import config, ready_server
+from harness.servers.fake_model import solo_tokens
+from harness.servers.gateway_loss import SESSION, lose_the_gateway, resumable
+from harness.servers.server_process import config, ready_server
 from mgpu.orchestrator.processes import gateway_process
 from mgpu.orchestrator.processes.failures import GatewayLost, RestartPause
 from mgpu.orchestrator.processes.gateway_process import GatewayProcess
@@ -60,7 +60,7 @@ def test_a_signal_during_a_pause_ends_the_server(folder: Path) -> None:
 
 def test_a_kill_from_outside_counts(folder: Path) -> None:
     with ready_server(folder, max_restarts=0) as server:
-        [gateway] = server.children_like("harness.fake_gateway")
+        [gateway] = server.children_like("harness.servers.fake_gateway")
         gateway.kill()
         assert server.wait_exit() == 1
         assert "giving up after 0 restarts" in server.log

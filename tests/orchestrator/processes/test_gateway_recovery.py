@@ -9,9 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness.fake_model import solo_tokens
-from harness.gateway_loss import REAL_GATEWAY, SESSION, endpoint_of, gateway_of, lose_the_gateway, resumable
-from harness.server_process import DEADLINE_S, ServerProcess, ready_server, running_server
+from harness.servers.fake_model import solo_tokens
+from harness.servers.gateway_loss import REAL_GATEWAY, SESSION, endpoint_of, gateway_of, lose_the_gateway, resumable
+from harness.servers.server_process import DEADLINE_S, ServerProcess, ready_server, running_server
 from harness.waiting import eventually
 from mgpu import Client
 from mgpu.protocol.internal.gateway_messages import RecordQuery, Resumable, WakeUp
@@ -26,7 +26,7 @@ def test_sockets_of_those_that_were_replaced_are_removed(folder: Path) -> None:
         assert sockets() == ["link-0", "worker-0-0"]
         lose_the_gateway(server)
         assert sockets() == ["link-1", "worker-0-0"]
-        server.children_like("harness.fake_worker")[0].kill()
+        server.children_like("harness.servers.fake_worker")[0].kill()
         server.wait_for(lambda: "worker-0-0" not in sockets() and len(sockets()) == 2)
         assert sockets() == ["link-1", "worker-1-0"]
 

@@ -9,8 +9,8 @@ import psutil
 import pytest
 
 from harness.assertions import assert_has_all
-from harness.fake_model import solo_tokens
-from harness.server_process import ServerProcess, ready_server, running_server
+from harness.servers.fake_model import solo_tokens
+from harness.servers.server_process import ServerProcess, ready_server, running_server
 from harness.waiting import eventually
 from mgpu.orchestrator.engine.step_times import StepTimes
 from mgpu.orchestrator.processes.failures import RestartLimit, TooManyRestarts

@@ -9,7 +9,7 @@ from typing import cast
 import psutil
 import pytest
 
-from harness.server_process import ServerProcess, ready_server
+from harness.servers.server_process import ServerProcess, ready_server
 from harness.waiting import eventually
 from mgpu.orchestrator.processes.standby import RETRY_S, Standby
 from mgpu.orchestrator.processes.worker_group import WorkerGroup
@@ -139,7 +139,9 @@ def test_without_standby_groups_are_made_when_they_are_needed() -> None:
 
 
 def parked(server: ServerProcess) -> set[int]:
-    return {each.pid for each in server.children_like("harness.fake_worker") if each.cmdline()[-2] == "--standby"}
+    return {
+        each.pid for each in server.children_like("harness.servers.fake_worker") if each.cmdline()[-2] == "--standby"
+    }
 
 
 def wait_for_parked(server: ServerProcess, known: set[int]) -> set[int]:
@@ -157,7 +159,7 @@ def test_a_real_standby_serves_after_a_kill_and_ends_with_the_server(folder: Pat
         first = {worker.pid for worker in server.workers()} - spares
         psutil.Process(min(first)).kill()
         server.wait_for(lambda: [info.state for info in server.infos][-2:] == ["recovering", "ready"])
-        family = server.children_like("harness.fake_worker")
+        family = server.children_like("harness.servers.fake_worker")
         assert (spares <= {worker.pid for worker in family}) is not harm
         if not harm:
             assert server.log.count("woken up") == 2
@@ -168,7 +170,7 @@ def test_a_real_standby_serves_after_a_kill_and_ends_with_the_server(folder: Pat
 
 def test_a_server_goes_on_when_a_standby_cannot_be_spawned(folder: Path) -> None:
     command = folder / "worker"
-    command.write_text(f"#!/bin/sh\nrm {command}\nexec {sys.executable} -m harness.fake_worker\n")
+    command.write_text(f"#!/bin/sh\nrm {command}\nexec {sys.executable} -m harness.servers.fake_worker\n")
     command.chmod(0o700)  # there once only: for the workers that serve
     with ready_server(folder, standby=True, standby_delay_s=0.0, worker_command=[str(command)]) as server:
         server.serve(0, [1, 2, 3], 5)

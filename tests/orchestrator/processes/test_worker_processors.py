@@ -6,7 +6,7 @@ from pathlib import Path
 
 import zmq
 
-from harness.server_process import config
+from harness.servers.server_process import config
 from mgpu.orchestrator.config import ServerConfig
 from mgpu.orchestrator.host.runtime_dir import RuntimeDir
 from mgpu.orchestrator.processes.worker_group import WorkerGroup

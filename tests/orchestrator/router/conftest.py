@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.gateway_process import GatewayProcess, make_model_folder
-from harness.router_thread import RouterThread
+from harness.servers.gateway_process import GatewayProcess, make_model_folder
+from harness.servers.router_thread import RouterThread
 from mgpu import Client
 
 

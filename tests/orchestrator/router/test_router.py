@@ -9,8 +9,8 @@ import msgpack
 import pytest
 import zmq
 
-from harness.gateway_process import GatewayProcess, says
-from harness.router_thread import RouterThread
+from harness.servers.gateway_process import GatewayProcess, says
+from harness.servers.router_thread import RouterThread
 from harness.waiting import eventually
 from mgpu import Client, RequestFailed
 from mgpu.orchestrator.gateway.front.account import Account

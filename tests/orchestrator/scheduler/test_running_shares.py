@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from harness.fake_model import FakeModel
+from harness.servers.fake_model import FakeModel
 from mgpu.orchestrator.scheduler.limits import Limits
 from mgpu.orchestrator.scheduler.running_shares import FEW, KEPT_STEPS, RECENT_STEPS
 from mgpu.orchestrator.scheduler.scheduler import Scheduler

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.fake_model import solo_tokens
 from harness.scheduler_driver import Harness, limits, prompt_of
+from harness.servers.fake_model import solo_tokens
 from mgpu.orchestrator.placement.options import LimitsError
 from mgpu.protocol.internal.gateway_messages import Submit
 from mgpu.protocol.internal.worker_messages import RowSampling, StepResult

@@ -2,8 +2,8 @@
 
 import pytest
 
-from harness.fake_model import solo_tokens
 from harness.scheduler_driver import Harness, prompt_of
+from harness.servers.fake_model import solo_tokens
 from mgpu.orchestrator.scheduler import snapshots
 
 

@@ -6,7 +6,7 @@ from itertools import count
 
 import pytest
 
-from harness.recorded_answers import RECORDED, TOOLS, Recorded
+from harness.answers.recorded_answers import RECORDED, TOOLS, Recorded
 from mgpu.protocol.chat.answer_parser import AnswerParser, ParsedAnswer
 from mgpu.protocol.chat.events import CallArguments, CallBegin, Content, Event
 from mgpu.protocol.chat.formats import TOOL_FORMATS, ChatFormat, detected, opens_reasoning

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.model_files import write_llama_folder
+from harness.models.model_files import write_llama_folder
 from mgpu.protocol.checkpoint.files.untrusted import CheckpointError
 from mgpu.protocol.checkpoint.fingerprint import model_print
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from harness.assertions import assert_has_all
-from harness.model_files import LLAMA_CONFIG, safetensors_bytes, write_config, write_index, write_llama_folder
+from harness.models.model_files import LLAMA_CONFIG, safetensors_bytes, write_config, write_index, write_llama_folder
 from mgpu.protocol.checkpoint.files.safetensors_file import MAX_HEADER_BYTES
 from mgpu.protocol.checkpoint.files.untrusted import MAX_JSON_BYTES
 from mgpu.protocol.checkpoint.read import Checkpoint, CheckpointError, expected_tensors, read_checkpoint

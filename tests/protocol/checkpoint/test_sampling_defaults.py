@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from harness.model_files import LLAMA_METADATA, f32, gguf_bytes, u32
+from harness.models.model_files import LLAMA_METADATA, f32, gguf_bytes, u32
 from mgpu.protocol.checkpoint.files.untrusted import CheckpointError
 from mgpu.protocol.checkpoint.sampling_defaults import read_sampling_defaults
 from mgpu.protocol.model.facts import ModelSource

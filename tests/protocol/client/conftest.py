@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from harness.gateway_process import GatewayProcess, make_model_folder
+from harness.servers.gateway_process import GatewayProcess, make_model_folder
 
 
 @pytest.fixture(scope="module")

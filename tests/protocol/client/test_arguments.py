@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness.gateway_process import GatewayProcess
+from harness.servers.gateway_process import GatewayProcess
 from mgpu import AsyncClient, Client, RequestFailed, ServerUnreachable
 from mgpu.protocol.client.requests.request_message import generate_message, prompt_field
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from harness.gateway_process import GatewayProcess, make_model_folder, says
-from harness.scripted_server import ScriptedServer
+from harness.servers.gateway_process import GatewayProcess, make_model_folder, says
+from harness.servers.scripted_server import ScriptedServer
 from mgpu import AsyncClient, Client, DeadlineExceeded, MgpuError, RequestFailed, ServerUnreachable
 from mgpu.protocol.discovery import LOCK_NAME, RunningServer, write_server
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.gateway_process import GatewayProcess, make_model_folder
+from harness.servers.gateway_process import GatewayProcess, make_model_folder
 from harness.waiting import eventually
 from mgpu import AsyncClient, Client, MgpuError, RequestFailed, ServerUnreachable
 from mgpu.protocol.discovery import INFO_NAME, LOCK_NAME, RunningServer, write_server

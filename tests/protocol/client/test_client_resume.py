@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import pytest
 import zmq
 
-from harness.scripted_server import DEADLINE_S, ScriptedServer
+from harness.servers.scripted_server import DEADLINE_S, ScriptedServer
 from mgpu import Client
 
 T = TypeVar("T")

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import mgpu
-from harness.gateway_process import GatewayProcess, make_model_folder
-from harness.scripted_server import DEADLINE_S, ScriptedServer
+from harness.servers.gateway_process import GatewayProcess, make_model_folder
+from harness.servers.scripted_server import DEADLINE_S, ScriptedServer
 from mgpu import AsyncClient, Client, Completion, DeadlineExceeded, RequestFailed, ServerStopped, ServerUnreachable
 
 

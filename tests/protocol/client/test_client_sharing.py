@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from harness.gateway_process import DEADLINE_S, GatewayProcess
+from harness.servers.gateway_process import DEADLINE_S, GatewayProcess
 from mgpu import AsyncClient, Client, MgpuError
 from mgpu.protocol.client.requests.parsed_text import ParsedText, TextPart
 

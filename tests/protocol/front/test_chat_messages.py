@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from harness.tool_templates import conversation, weather_tool
+from harness.answers.tool_templates import conversation, weather_tool
 from mgpu.protocol.front.chat_messages import CHAT, TEMPLATE_OPTIONS, TOOL_CHOICE, TOOLS
 from mgpu.protocol.front.client_messages import parse_client_message
 from mgpu.protocol.front.fields import FieldError

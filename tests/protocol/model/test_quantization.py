@@ -13,7 +13,7 @@ from mgpu.protocol.model.quantization import WeightFormat, group_problems, rank_
 
 @pytest.fixture
 def facts(tmp_path_factory: pytest.TempPathFactory) -> ModelFacts:
-    from harness.model_files import write_config
+    from harness.models.model_files import write_config
 
     folder = tmp_path_factory.mktemp("model")
     write_config(

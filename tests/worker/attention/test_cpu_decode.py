@@ -2,7 +2,7 @@
 
 import torch
 
-from harness.stage_driver import Row, make_batch
+from harness.ranks.stage_driver import Row, make_batch
 from mgpu.worker.attention.cpu_decode import _GROWTH
 from mgpu.worker.attention.interface import AttentionSpec
 from mgpu.worker.attention.plain_backend import PlainBackend, PlainStep

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.stage_driver import Row, make_batch
+from harness.ranks.stage_driver import Row, make_batch
 from mgpu.worker.attention.choose import select_backend
 from mgpu.worker.attention.interface import AttentionShape, AttentionSpec, Sight
 from mgpu.worker.state.kv_cache import KvCache

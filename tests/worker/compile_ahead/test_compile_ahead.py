@@ -13,7 +13,7 @@ import pytest
 import torch
 from triton.runtime._async_compile import active_mode
 
-from harness.random_model import write_random_model
+from harness.models.random_model import write_random_model
 from harness.specs import make_spec
 from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.worker.compile_ahead import compile_ahead, triton_internals
@@ -35,7 +35,7 @@ def test_every_kernel_that_a_start_launches_is_compiled_ahead(
 ) -> None:
     model = write_random_model(tmp_path, **{"hidden_size": 256, "intermediate_size": 512} | changes)
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "harness.compile_ahead_coverage", model, *cases]
+    command = [sys.executable, "-m", "harness.kernels.compile_ahead_coverage", model, *cases]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]

@@ -23,7 +23,7 @@ DEADLINE_S = 120
 )
 def test_kernels_fit_smaller_and_older_gpus(capability: int, shared: int, cases: str) -> None:
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "harness.compiled_sizes", str(capability), str(shared), cases]
+    command = [sys.executable, "-m", "harness.kernels.compiled_sizes", str(capability), str(shared), cases]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]

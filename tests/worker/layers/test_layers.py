@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.model_files import LLAMA_CONFIG, write_config
-from harness.rank_threads import ThreadGroup, run_ranks
+from harness.models.model_files import LLAMA_CONFIG, write_config
+from harness.ranks.rank_threads import ThreadGroup, run_ranks
 from mgpu.protocol.checkpoint.huggingface.config import read_config_facts
 from mgpu.protocol.model.placement import even_range, head_shard, padded_vocab
 from mgpu.worker.layers.attention.self_attention import Attention

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.stored_models import STORED
+from harness.models.stored_models import STORED
 from mgpu.protocol.checkpoint.read import CheckpointError
 from mgpu.worker.loaders import packed, reader
 from mgpu.worker.loaders.background import MOST_THREADS, Background

@@ -10,8 +10,8 @@ from gguf import GGMLQuantizationType
 from safetensors.torch import load_file
 from torch import Tensor
 
-from harness.stage_driver import logits_in_chunks
-from harness.tiny_models import TINY, TinyModel
+from harness.models.tiny_models import TINY, TinyModel
+from harness.ranks.stage_driver import logits_in_chunks
 from mgpu.protocol.checkpoint.read import read_checkpoint
 
 LAYER_NAMES = {

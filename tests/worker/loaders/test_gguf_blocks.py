@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.demo_model import demo_model
-from harness.odd_gguf import Kind, converted
-from harness.odd_models import IDS, make_model
-from harness.rank_threads import run_ranks
-from harness.stage_driver import Stages, logits_in_chunks
+from harness.models.demo_model import demo_model
+from harness.models.odd_gguf import Kind, converted
+from harness.models.odd_models import IDS, make_model
+from harness.ranks.rank_threads import run_ranks
+from harness.ranks.stage_driver import Stages, logits_in_chunks
 from mgpu.orchestrator.placement.split.sizes import layers_bytes, rank_weight_bytes
 from mgpu.protocol.checkpoint.files.tensors import BLOCKS, TensorEntry
 from mgpu.protocol.checkpoint.quantized.gguf import GGUF_FORMATS, packed_entry

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.families import BORROWED
-from harness.stage_driver import Row, logits_in_chunks, make_batch
-from harness.tiny_models import TinyModel
+from harness.models.families import BORROWED
+from harness.models.tiny_models import TinyModel
+from harness.ranks.stage_driver import Row, logits_in_chunks, make_batch
 from mgpu.protocol.checkpoint.huggingface.borrowed import UNSPLIT
 from mgpu.protocol.checkpoint.read import CheckpointError, read_checkpoint
 from mgpu.protocol.model.expert_facts import ExpertSplit

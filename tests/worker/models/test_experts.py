@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from harness.families import EXPERTS
-from harness.random_model import write_random_model
-from harness.rank_threads import run_ranks
-from harness.stage_driver import Stages, logits_in_chunks
-from harness.tiny_models import TinyModel
+from harness.models.families import EXPERTS
+from harness.models.random_model import write_random_model
+from harness.models.tiny_models import TinyModel
+from harness.ranks.rank_threads import run_ranks
+from harness.ranks.stage_driver import Stages, logits_in_chunks
 from mgpu.orchestrator.placement.split.sizes import rank_weight_bytes
 from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint
 from mgpu.protocol.model.expert_facts import ExpertSplit

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from harness.families import BORROWED, EVERY, SHARED_CACHES, has_experts, has_graphs
-from harness.greedy_checks import Reference, assert_equal, assert_near
-from harness.greedy_runner import Rows, alone, make_runner, run_greedily
-from harness.stage_driver import logits_in_chunks
-from harness.tiny_models import TinyModel
+from harness.answers.greedy_checks import Reference, assert_equal, assert_near
+from harness.answers.greedy_runner import Rows, alone, make_runner, run_greedily
+from harness.models.families import BORROWED, EVERY, SHARED_CACHES, has_experts, has_graphs
+from harness.models.tiny_models import TinyModel
+from harness.ranks.stage_driver import logits_in_chunks
 from mgpu.protocol.checkpoint.huggingface.borrowed import UNSPLIT
 from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint
 from mgpu.worker.kernels.use import uses_kernels

@@ -6,12 +6,12 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 
-from harness.model_files import u32
-from harness.odd_gguf import converted
-from harness.odd_models import IDS, make_model
-from harness.rank_threads import run_ranks
-from harness.stage_driver import Stages, logits_in_chunks
-from harness.stored_models import GGUF_EXPERTS, widened, write_gguf_experts
+from harness.models.model_files import u32
+from harness.models.odd_gguf import converted
+from harness.models.odd_models import IDS, make_model
+from harness.models.stored_models import GGUF_EXPERTS, widened, write_gguf_experts
+from harness.ranks.rank_threads import run_ranks
+from harness.ranks.stage_driver import Stages, logits_in_chunks
 from mgpu.orchestrator.placement.split.sizes import rank_weight_bytes
 from mgpu.protocol.checkpoint.read import CheckpointError, read_checkpoint
 from mgpu.protocol.model.placement import PlacementPlan, Stage

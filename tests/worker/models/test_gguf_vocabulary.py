@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from bench.broken.models import HIDDEN
-from harness.rank_threads import run_ranks
-from harness.stage_driver import Stages, logits_in_chunks
-from harness.stored_models import GGUF_ROWS, IDS, KINDS, read_gguf, widened
+from harness.models.stored_models import GGUF_ROWS, IDS, KINDS, read_gguf, widened
+from harness.ranks.rank_threads import run_ranks
+from harness.ranks.stage_driver import Stages, logits_in_chunks
 from mgpu.orchestrator.placement.split.sizes import rank_weight_bytes
 from mgpu.protocol.model.placement import PlacementPlan, Stage
 from mgpu.protocol.model.weight_format import DENSE

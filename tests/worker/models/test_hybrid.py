@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from harness.quantized_folders import float8_blocks
-from harness.rank_threads import ThreadGroup, run_ranks
-from harness.stage_driver import Row, Stages, logits_in_chunks, make_batch
-from harness.tiny_configs import HYBRID_MODELS
-from harness.tiny_models import TinyModel
+from harness.models.quantized_folders import float8_blocks
+from harness.models.tiny_configs import HYBRID_MODELS
+from harness.models.tiny_models import TinyModel
+from harness.ranks.rank_threads import ThreadGroup, run_ranks
+from harness.ranks.stage_driver import Row, Stages, logits_in_chunks, make_batch
 from mgpu.orchestrator.placement.split.sizes import rank_weight_bytes, state_bytes
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.model.placement import PlacementPlan, Stage

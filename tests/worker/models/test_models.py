@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.families import BORROWED, DENSE, EVERY
-from harness.rank_threads import ThreadGroup, run_ranks
-from harness.stage_driver import Row, Stages, logits_in_chunks, make_batch
-from harness.tiny_configs import tiny_config
-from harness.tiny_models import TinyModel
+from harness.models.families import BORROWED, DENSE, EVERY
+from harness.models.tiny_configs import tiny_config
+from harness.models.tiny_models import TinyModel
+from harness.ranks.rank_threads import ThreadGroup, run_ranks
+from harness.ranks.stage_driver import Row, Stages, logits_in_chunks, make_batch
 from mgpu.protocol.checkpoint.huggingface.families import MODEL_TYPES
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.worker.models.build import DecoderStage

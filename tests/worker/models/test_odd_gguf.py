@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.odd_gguf import FILES, write_case
-from harness.odd_models import IDS
-from harness.stage_driver import logits_in_chunks
+from harness.models.odd_gguf import FILES, write_case
+from harness.models.odd_models import IDS
+from harness.ranks.stage_driver import logits_in_chunks
 from mgpu.protocol.checkpoint.read import read_checkpoint
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.random_model import write_random_model
-from harness.stage_driver import logits_in_chunks
+from harness.models.random_model import write_random_model
+from harness.ranks.stage_driver import logits_in_chunks
 from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint
 from mgpu.protocol.model.quantization import Quant
 from mgpu.worker.layers import linear

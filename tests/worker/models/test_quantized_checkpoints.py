@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from harness.fake_orchestrator import running
-from harness.quantized_folders import FORMATS, LATENTS, Store, write_quantized
-from harness.random_model import write_random_model
-from harness.rank_threads import run_ranks
+from harness.models.quantized_folders import FORMATS, LATENTS, Store, write_quantized
+from harness.models.random_model import write_random_model
+from harness.models.stored_models import FOLDERS
+from harness.ranks.rank_threads import run_ranks
+from harness.ranks.stage_driver import Stages, logits_in_chunks
+from harness.servers.fake_orchestrator import running
 from harness.specs import make_spec
-from harness.stage_driver import Stages, logits_in_chunks
-from harness.stored_models import FOLDERS
 from mgpu.orchestrator.placement.split.sizes import rank_weight_bytes
 from mgpu.protocol.checkpoint.read import CheckpointError, read_checkpoint
 from mgpu.protocol.model.placement import PlacementPlan, Stage

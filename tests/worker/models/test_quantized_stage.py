@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from harness.fake_orchestrator import running
-from harness.random_model import write_random_model
-from harness.rank_threads import ThreadGroup, run_ranks
+from harness.models.random_model import write_random_model
+from harness.ranks.rank_threads import ThreadGroup, run_ranks
+from harness.ranks.stage_driver import CPU, Stages, logits_in_chunks
+from harness.servers.fake_orchestrator import running
 from harness.specs import make_spec
-from harness.stage_driver import CPU, Stages, logits_in_chunks
 from mgpu.orchestrator.placement.split.sizes import largest_matrix_bytes, rank_weight_bytes
 from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint
 from mgpu.protocol.internal.worker_messages import Loaded

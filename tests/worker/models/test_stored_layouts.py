@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.greedy_runner import alone
-from harness.stage_driver import logits_in_chunks
-from harness.stored_models import IDS, STORED
+from harness.answers.greedy_runner import alone
+from harness.models.stored_models import IDS, STORED
+from harness.ranks.stage_driver import logits_in_chunks
 from mgpu.protocol.model.expert_facts import ExpertSplit
 from mgpu.worker.layers.experts import sparse_mlp
 from mgpu.worker.models.build import build_stage

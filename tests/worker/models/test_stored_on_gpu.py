@@ -6,9 +6,9 @@ from functools import cache
 import pytest
 import torch
 
-from harness.greedy_checks import Reference, assert_equal, assert_near, on_the_cpu
-from harness.greedy_runner import alone, make_runner, run_greedily
-from harness.stored_models import IDS, NOT_CAPTURABLE, STORED, Stored
+from harness.answers.greedy_checks import Reference, assert_equal, assert_near, on_the_cpu
+from harness.answers.greedy_runner import alone, make_runner, run_greedily
+from harness.models.stored_models import IDS, NOT_CAPTURABLE, STORED, Stored
 
 pytestmark = [
     pytest.mark.gpu,

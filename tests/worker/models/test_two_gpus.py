@@ -6,11 +6,11 @@ from functools import cache
 import pytest
 import torch
 
-from harness.families import EVERY, SHARED_CACHES, has_experts, has_graphs
-from harness.greedy_checks import Reference, assert_equal, on_the_cpu
-from harness.rank_pool import Job, RankPool
-from harness.stored_models import IDS, NOT_CAPTURABLE, STORED, Stored
-from harness.tiny_models import TinyModel
+from harness.answers.greedy_checks import Reference, assert_equal, on_the_cpu
+from harness.models.families import EVERY, SHARED_CACHES, has_experts, has_graphs
+from harness.models.stored_models import IDS, NOT_CAPTURABLE, STORED, Stored
+from harness.models.tiny_models import TinyModel
+from harness.ranks.rank_pool import Job, RankPool
 from mgpu.protocol.checkpoint.huggingface.borrowed import UNSPLIT
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.model.expert_facts import ExpertSplit

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.random_model import write_random_model
-from harness.rank_threads import ThreadGroup, run_ranks
-from harness.stage_driver import logits_in_chunks
+from harness.models.random_model import write_random_model
+from harness.ranks.rank_threads import ThreadGroup, run_ranks
+from harness.ranks.stage_driver import logits_in_chunks
 from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
 from mgpu.protocol.model.expert_facts import ExpertSplit

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from harness.rank_threads import ThreadGroup, run_ranks
-from harness.stage_driver import Row, Stages, logits_in_chunks, make_batch
-from harness.tiny_models import TinyModel
+from harness.models.tiny_models import TinyModel
+from harness.ranks.rank_threads import ThreadGroup, run_ranks
+from harness.ranks.stage_driver import Row, Stages, logits_in_chunks, make_batch
 from mgpu.orchestrator.placement.split.sizes import kv_token_bytes, rank_weight_bytes
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.model.placement import PlacementPlan, Stage, TensorPart, padded_vocab

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from harness.rank_threads import ThreadGroup, run_ranks
+from harness.ranks.rank_threads import ThreadGroup, run_ranks
 from mgpu.worker.errors import PeerLost
 from mgpu.worker.ranks.agreement import RankStatus, exchange, leave_in_order, this_machine
 from mgpu.worker.ranks.collectives import SingleRank

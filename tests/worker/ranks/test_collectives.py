@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.collective_rank import spec_of
-from harness.forked import ForkedProcess
-from harness.parts import with_changes
-from harness.rank_processes import outputs, rank_processes
+from harness.models.parts import with_changes
+from harness.ranks.collective_rank import spec_of
+from harness.ranks.forked import ForkedProcess
+from harness.ranks.rank_processes import outputs, rank_processes
 from mgpu.protocol.internal.process.child import BadSpec
 from mgpu.protocol.internal.worker_messages import CONTROL
 from mgpu.protocol.model.placement import Transport
@@ -30,7 +30,7 @@ def ranks(
     shared_bytes = spec_of(sizes, transport, 0, folder, timeout_s).shared_bytes
     plan = ",".join(map(str, sizes))
     arguments = (case, plan, transport, str(folder), str(timeout_s))
-    return rank_processes("harness.collective_rank", sum(sizes), shared_bytes, *arguments)
+    return rank_processes("harness.ranks.collective_rank", sum(sizes), shared_bytes, *arguments)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.random_model import write_random_model
-from harness.rank_threads import ThreadGroup, run_ranks
-from harness.stage_driver import logits_in_chunks
+from harness.models.random_model import write_random_model
+from harness.ranks.rank_threads import ThreadGroup, run_ranks
+from harness.ranks.stage_driver import logits_in_chunks
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.model.layout import Layout, StepLimits
 from mgpu.protocol.model.placement import PlacementPlan, Stage

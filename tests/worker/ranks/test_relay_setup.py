@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from harness.rank_threads import ThreadGroup, run_ranks
+from harness.ranks.rank_threads import ThreadGroup, run_ranks
 from harness.specs import make_facts, make_spec
 from mgpu.worker.ranks.links import layout_of
 from mgpu.worker.ranks.relay_setup import RelaySetup

@@ -13,7 +13,7 @@ pytest.importorskip("llguidance")
 
 from llguidance import LLExecutor, LLMatcher
 
-from harness.grammar_rows import CPU, EOS, PADDED, TOKENS, VOCABULARY, allowed, answers, of, plan_of, states_of
+from harness.answers.grammar_rows import CPU, EOS, PADDED, TOKENS, VOCABULARY, allowed, answers, of, plan_of, states_of
 from mgpu.protocol.internal import grammars as library
 from mgpu.protocol.internal.worker_messages import RowSampling
 from mgpu.worker.sampling import grammars

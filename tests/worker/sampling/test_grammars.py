@@ -8,8 +8,8 @@ import torch
 
 pytest.importorskip("llguidance")
 
-from harness.grammar_rows import CPU, EOS, PADDED, TOKENS, allowed, answers, of, states_of
-from harness.rank_threads import run_ranks
+from harness.answers.grammar_rows import CPU, EOS, PADDED, TOKENS, allowed, answers, of, states_of
+from harness.ranks.rank_threads import run_ranks
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
 from mgpu.worker.errors import BadPlan
 from mgpu.worker.sampling import grammar_masks, grammar_state

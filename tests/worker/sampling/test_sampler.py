@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.rank_threads import ThreadGroup, run_ranks
+from harness.ranks.rank_threads import ThreadGroup, run_ranks
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
 from mgpu.worker.ranks.collectives import SingleRank
 from mgpu.worker.sampling import sampler

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.parts import with_changes
+from harness.models.parts import with_changes
+from harness.models.tiny_models import TinyModel
 from harness.specs import make_plan, make_spec
-from harness.tiny_models import TinyModel
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.worker.errors import OutOfMemory

@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness.fake_orchestrator import DEADLINE_S, Workers, launch, running
+from harness.models.tiny_models import TinyModel
+from harness.servers.fake_orchestrator import DEADLINE_S, Workers, launch, running
 from harness.specs import make_spec
-from harness.tiny_models import TinyModel
 from harness.waiting import eventually
 from mgpu.protocol.internal.process.child import WAKE_UP, frame_spec
 from mgpu.protocol.internal.worker_messages import (

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.fake_orchestrator import running
+from harness.ranks.stage_driver import logits_in_chunks
+from harness.servers.fake_orchestrator import running
 from harness.specs import make_spec
-from harness.stage_driver import logits_in_chunks
 from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint
 from mgpu.protocol.internal.worker_messages import Loaded
 from mgpu.protocol.model.facts import KvCacheDtype

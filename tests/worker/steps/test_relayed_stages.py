@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from harness.step_plans import BLOCK, BLOCKS_OF_ROW, ROWS, make_plans
-from harness.tiny_models import TinyModel
+from harness.models.tiny_models import TinyModel
+from harness.ranks.step_plans import BLOCK, BLOCKS_OF_ROW, ROWS, make_plans
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.worker.models.build import build_stage, load_weights

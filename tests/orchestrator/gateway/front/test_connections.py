@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import zmq
 
-from harness.gateway_process import GatewayProcess, assert_serves
-from harness.raw_peer import RawPeer
+from harness.servers.gateway_process import GatewayProcess, assert_serves
+from harness.servers.raw_peer import RawPeer
+from harness.servers.zmtp_flood import GREETING, raw_connection
 from harness.waiting import eventually
-from harness.zmtp_flood import GREETING, raw_connection
 from mgpu.orchestrator.gateway.front import connections as module
 from mgpu.orchestrator.gateway.front.socket import FrontSocket
 from mgpu.orchestrator.gateway.front.transport.open_connection import OpenConnection, excess

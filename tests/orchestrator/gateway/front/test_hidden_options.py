@@ -11,9 +11,9 @@ import psutil
 import pytest
 import zmq
 
-from harness.gateway_process import DEADLINE_S, GatewayProcess, assert_serves
+from harness.servers.gateway_process import DEADLINE_S, GatewayProcess, assert_serves
+from harness.servers.zmtp_flood import hear, raw_connection
 from harness.waiting import eventually
-from harness.zmtp_flood import hear, raw_connection
 from mgpu.orchestrator.gateway.front import hidden_options
 from mgpu.orchestrator.gateway.front.hidden_options import set_hidden_options
 from mgpu.protocol.front.framing import VERSION

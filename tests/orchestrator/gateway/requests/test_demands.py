@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from harness.tool_templates import weather_tool
+from harness.answers.tool_templates import weather_tool
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.requests.demands import with_demanded_call
 from mgpu.protocol.chat.formats import ChatFormat

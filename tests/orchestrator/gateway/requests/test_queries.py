@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from harness.gateway_process import GatewayProcess
-from harness.raw_peer import RawPeer
+from harness.servers.gateway_process import GatewayProcess
+from harness.servers.raw_peer import RawPeer
 from mgpu.orchestrator.gateway.front.account import Account
 from mgpu.orchestrator.gateway.requests.admission import ServedModel
 from mgpu.orchestrator.gateway.requests.queries import ANSWER_AT_ONCE_S, ASK_PAUSE_S, ENGINE_TIMEOUT_S, Queries

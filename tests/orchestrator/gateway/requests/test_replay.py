@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from harness.resuming_gateway import A, B, ResumingGateway, portion, record
+from harness.servers.resuming_gateway import A, B, ResumingGateway, portion, record
 from mgpu.orchestrator.gateway.requests import record_queue
 from mgpu.orchestrator.gateway.requests.replay import Replay
 from mgpu.orchestrator.gateway.requests.request import Choice, Request

@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import pytest
 
-from harness.resuming_gateway import A, ResumingGateway, record
+from harness.servers.resuming_gateway import A, ResumingGateway, record
 from mgpu.orchestrator.gateway.requests.request import Choice, Request
 from mgpu.orchestrator.gateway.requests.request_times import RequestTimes
 from mgpu.protocol.front.client_messages import Generate

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from harness.resuming_gateway import ACCOUNT, KEEP_S, KEY, SIZE, A, B, ResumingGateway, new_choice, record
+from harness.servers.resuming_gateway import ACCOUNT, KEEP_S, KEY, SIZE, A, B, ResumingGateway, new_choice, record
 from mgpu.orchestrator.gateway.front.account import Account, account_of
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.front.socket import Received

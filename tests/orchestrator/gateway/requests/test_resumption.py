@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.resuming_gateway import A, B, ResumingGateway, portion
+from harness.servers.resuming_gateway import A, B, ResumingGateway, portion
 from mgpu.orchestrator.gateway.front.account import account_of
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.requests import quota, record_queue

@@ -2,7 +2,7 @@
 
 import pytest
 
-from harness.resuming_gateway import SIZE, A, B, new_choice
+from harness.servers.resuming_gateway import SIZE, A, B, new_choice
 from mgpu.orchestrator.gateway.front.account import Account, account_of
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.requests.quota import MAX_DROPPED, Quota

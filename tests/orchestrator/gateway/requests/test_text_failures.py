@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from harness.resuming_gateway import A, B, ResumingGateway, record
+from harness.servers.resuming_gateway import A, B, ResumingGateway, record
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.requests import request_handler
 from mgpu.orchestrator.gateway.requests.prompts import Prompts

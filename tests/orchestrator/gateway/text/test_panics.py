@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from harness.gateway_process import GatewayProcess, assert_serves
-from harness.raw_peer import RawPeer
+from harness.servers.gateway_process import GatewayProcess, assert_serves
+from harness.servers.raw_peer import RawPeer
 from mgpu.orchestrator.gateway.text import panics
 from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError
 from mgpu.orchestrator.gateway.text.tokenizer import load_codec

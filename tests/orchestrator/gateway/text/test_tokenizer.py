@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from harness.model_files import gguf_bytes, string, string_array, u32
+from harness.models.model_files import gguf_bytes, string, string_array, u32
 from mgpu.orchestrator.gateway.text.chat_template import ChatPrompt
 from mgpu.orchestrator.gateway.text.detokenizer import Detokenizer, byte_level_table
 from mgpu.orchestrator.gateway.text.gguf_tokenizer import PRE_TOKENIZERS, TokenizerError, build_tokenizer

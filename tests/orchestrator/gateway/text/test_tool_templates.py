@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from harness.tool_templates import FAMILIES, conversation, weather_tool
+from harness.answers.tool_templates import FAMILIES, conversation, weather_tool
 from mgpu.orchestrator.gateway.text.chat_template import ChatPrompt, ChatTemplate
 from mgpu.protocol.front.chat_messages import CHAT, DOCUMENTS, TEMPLATE_OPTIONS, TOOLS
 

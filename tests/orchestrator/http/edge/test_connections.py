@@ -13,8 +13,8 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from harness.gateway_process import GatewayProcess
-from harness.http_process import HttpServer
+from harness.servers.gateway_process import GatewayProcess
+from harness.servers.http_process import HttpServer
 from mgpu.orchestrator.http.edge.connections import MAX_FRAMING_BYTES, MAX_HEAD_BYTES, MOST_IN_LINE, BoundedProtocol
 
 HEAD_TIMEOUT_S = 0.5

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.gateway_process import GatewayProcess
-from harness.http_client import ask
-from harness.http_process import HttpServer
+from harness.servers.gateway_process import GatewayProcess
+from harness.servers.http_client import ask
+from harness.servers.http_process import HttpServer
 from harness.waiting import eventually
 from mgpu.protocol.internal.client_limits import ClientLimits
 from mgpu.protocol.internal.gateway_messages import Reload, ServerKeys

@@ -14,8 +14,8 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from harness.gateway_process import GatewayProcess
-from harness.http_process import HttpServer
+from harness.servers.gateway_process import GatewayProcess
+from harness.servers.http_process import HttpServer
 from mgpu.orchestrator.http.edge.connections import BoundedProtocol
 from mgpu.orchestrator.http.edge.tls import TlsHandshake
 from mgpu.orchestrator.http.server import new_event_loop

@@ -6,9 +6,9 @@ from typing import Any
 import anthropic
 import pytest
 
-from harness.gateway_process import GatewayProcess, make_model_folder, says, text_of
-from harness.http_process import HttpServer
-from harness.tool_templates import CALL, QWEN, THOUGHT, weather_tool
+from harness.answers.tool_templates import CALL, QWEN, THOUGHT, weather_tool
+from harness.servers.gateway_process import GatewayProcess, make_model_folder, says, text_of
+from harness.servers.http_process import HttpServer
 
 HELLO = [{"role": "user", "content": "Hi"}]
 _FUNCTION = weather_tool()["function"]

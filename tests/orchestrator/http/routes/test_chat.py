@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from harness.gateway_process import EOS, GatewayProcess, says
-from harness.http_client import JSON_TYPE, connection_to, opened
-from harness.http_process import HttpServer
+from harness.servers.gateway_process import EOS, GatewayProcess, says
+from harness.servers.http_client import JSON_TYPE, connection_to, opened
+from harness.servers.http_process import HttpServer
 from harness.waiting import eventually
 
 CHAT = "/v1/chat/completions"

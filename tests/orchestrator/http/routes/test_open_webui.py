@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from harness.gateway_process import GatewayProcess, make_model_folder, says, text_of
-from harness.http_process import HttpServer
-from harness.tool_templates import QWEN, weather_tool
+from harness.answers.tool_templates import QWEN, weather_tool
+from harness.servers.gateway_process import GatewayProcess, make_model_folder, says, text_of
+from harness.servers.http_process import HttpServer
 
 HEADERS = {
     "content-type": "application/json", "authorization": "Bearer sk-none", "accept": "*/*",

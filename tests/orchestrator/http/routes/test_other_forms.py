@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from harness.gateway_process import GatewayProcess, says
-from harness.http_process import HttpServer
+from harness.servers.gateway_process import GatewayProcess, says
+from harness.servers.http_process import HttpServer
 from mgpu import __version__
 from mgpu.orchestrator.http.routes.text import DETOKENIZE_RULES
 from mgpu.protocol.front.fields import FieldError

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.gateway_process import GatewayProcess
-from harness.http_client import ask
-from harness.http_process import HttpServer
+from harness.servers.gateway_process import GatewayProcess
+from harness.servers.http_client import ask
+from harness.servers.http_process import HttpServer
 from mgpu.protocol.internal.http_spec import ApiKey
 
 ROOT = Path(__file__).parents[4]

@@ -3,7 +3,7 @@
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from harness.http_process import HttpServer
+from harness.servers.http_process import HttpServer
 from mgpu.orchestrator.http.routes.prometheus import render
 
 STATS = {

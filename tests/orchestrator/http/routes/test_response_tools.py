@@ -7,9 +7,9 @@ from typing import Any
 import openai
 import pytest
 
-from harness.gateway_process import GatewayProcess, make_model_folder, says, text_of
-from harness.http_process import HttpServer
-from harness.tool_templates import BROKEN, CALL, QWEN, THOUGHT, TIME_CALL, weather_tool
+from harness.answers.tool_templates import BROKEN, CALL, QWEN, THOUGHT, TIME_CALL, weather_tool
+from harness.servers.gateway_process import GatewayProcess, make_model_folder, says, text_of
+from harness.servers.http_process import HttpServer
 
 RESPONSES = "/v1/responses"
 TOOLS = [{"type": "function", "strict": True, **weather_tool(name)["function"]} for name in ("get_weather", "get_time")]

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from harness.gateway_process import GatewayProcess
-from harness.http_process import HttpServer
+from harness.servers.gateway_process import GatewayProcess
+from harness.servers.http_process import HttpServer
 
 DEADLINE_S = 60.0
 REQUEST = {"max_tokens": 4000, "n": 16, "stream": True, "ignore_eos": True, "temperature": 1}

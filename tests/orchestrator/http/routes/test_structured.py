@@ -6,8 +6,8 @@ import pytest
 
 pytest.importorskip("llguidance")
 
-from harness.gateway_process import GatewayProcess, says
-from harness.http_process import HttpServer
+from harness.servers.gateway_process import GatewayProcess, says
+from harness.servers.http_process import HttpServer
 
 CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 HELLO = [{"role": "user", "content": "Hi"}]

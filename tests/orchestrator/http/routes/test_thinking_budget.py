@@ -8,9 +8,9 @@ import pytest
 
 pytest.importorskip("llguidance")
 
-from harness.gateway_process import GatewayProcess, make_model_folder, says
-from harness.http_process import HttpServer
-from harness.tool_templates import QWEN
+from harness.answers.tool_templates import QWEN
+from harness.servers.gateway_process import GatewayProcess, make_model_folder, says
+from harness.servers.http_process import HttpServer
 
 HELLO = [{"role": "user", "content": "Hi"}]
 ANTHROPIC = {"messages": HELLO, "max_tokens": 9, "model": "tiny"}

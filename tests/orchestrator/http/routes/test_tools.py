@@ -7,9 +7,9 @@ from typing import Any
 import openai
 import pytest
 
-from harness.gateway_process import GatewayProcess, make_model_folder, says, text_of
-from harness.http_process import HttpServer
-from harness.tool_templates import BROKEN, CALL, QWEN, THOUGHT, TIME_CALL, weather_tool
+from harness.answers.tool_templates import BROKEN, CALL, QWEN, THOUGHT, TIME_CALL, weather_tool
+from harness.servers.gateway_process import GatewayProcess, make_model_folder, says, text_of
+from harness.servers.http_process import HttpServer
 
 CHAT = "/v1/chat/completions"
 TOOLS = [weather_tool(), weather_tool("get_time")]

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.gateway_process import GatewayProcess
-from harness.router_thread import RouterThread
+from harness.servers.gateway_process import GatewayProcess
+from harness.servers.router_thread import RouterThread
 from harness.waiting import eventually
 from mgpu import Client, RequestFailed
 from mgpu.orchestrator.gateway.front.account import Account

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from harness.assertions import assert_has_all
-from harness.model_files import gguf_bytes, gguf_string, safetensors_bytes, string, string_array, u32
+from harness.models.model_files import gguf_bytes, gguf_string, safetensors_bytes, string, string_array, u32
 from mgpu.protocol.checkpoint.files import gguf_file, safetensors_file, untrusted
 from mgpu.protocol.checkpoint.files.gguf_file import read_gguf
 from mgpu.protocol.checkpoint.files.safetensors_file import read_safetensors

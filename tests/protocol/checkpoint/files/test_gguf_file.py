@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.assertions import assert_has_all
-from harness.model_files import gguf_bytes, gguf_string, llama_gguf_tensors, string, string_array, u32
+from harness.models.model_files import gguf_bytes, gguf_string, llama_gguf_tensors, string, string_array, u32
 from mgpu.protocol.checkpoint.files.gguf_file import GGUF_TYPES, read_gguf
 from mgpu.protocol.checkpoint.files.tensors import BLOCKS
 from mgpu.protocol.checkpoint.read import CheckpointError

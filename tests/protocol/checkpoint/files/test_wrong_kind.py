@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.random_model import write_random_model
+from harness.models.random_model import write_random_model
 from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError
 from mgpu.orchestrator.gateway.text.tokenizer import load_codec
 from mgpu.protocol.checkpoint.files.gguf_file import read_gguf

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from harness.model_files import LLAMA_METADATA, GgufValue, gguf_bytes, llama_gguf_tensors, string, string_array, u32
+from harness.models.model_files import (
+    LLAMA_METADATA,
+    GgufValue,
+    gguf_bytes,
+    llama_gguf_tensors,
+    string,
+    string_array,
+    u32,
+)
 from mgpu.protocol.checkpoint.gguf.tokens import ending_texts, hidden_texts, shown_texts
 from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint
 

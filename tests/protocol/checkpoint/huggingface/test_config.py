@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.model_files import LLAMA_CONFIG, write_config
+from harness.models.model_files import LLAMA_CONFIG, write_config
 from mgpu.protocol.checkpoint.huggingface.config import read_config_facts
 from mgpu.protocol.checkpoint.read import CheckpointError
 from mgpu.protocol.checkpoint.rope.rules import llama3_divisors

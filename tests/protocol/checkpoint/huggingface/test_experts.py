@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from harness.assertions import assert_has_all
-from harness.model_files import LLAMA_CONFIG, safetensors_bytes, write_config
+from harness.models.model_files import LLAMA_CONFIG, safetensors_bytes, write_config
 from mgpu.protocol.checkpoint.files.tensors import expected_tensors
 from mgpu.protocol.checkpoint.read import CheckpointError, read_checkpoint
 from mgpu.protocol.checkpoint.tensor_layout.stacked import stored_name

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from harness.assertions import assert_has_all
-from harness.families import EVERY
-from harness.model_files import LLAMA_CONFIG, safetensors_bytes, write_config
+from harness.models.families import EVERY
+from harness.models.model_files import LLAMA_CONFIG, safetensors_bytes, write_config
 from mgpu.protocol.checkpoint.huggingface.families import CLASSES, FAMILIES, MODEL_TYPES
 from mgpu.protocol.checkpoint.read import CheckpointError, expected_tensors, read_checkpoint
 from mgpu.protocol.model.facts import ARCHITECTURES, ModelFacts

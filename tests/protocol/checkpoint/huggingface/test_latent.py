@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.model_files import safetensors_bytes
+from harness.models.model_files import safetensors_bytes
 from mgpu.protocol.checkpoint.huggingface.config import read_config_facts
 from mgpu.protocol.checkpoint.read import CheckpointError, expected_tensors, read_checkpoint
 from mgpu.protocol.checkpoint.tensor_layout.stacked import stored_name

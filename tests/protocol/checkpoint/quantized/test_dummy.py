@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.quantized_folders import FORMATS, LATENTS, write_quantized
+from harness.models.quantized_folders import FORMATS, LATENTS, write_quantized
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.model.weight_format import HELD
 

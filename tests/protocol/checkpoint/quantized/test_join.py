@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.model_files import LLAMA_CONFIG, safetensors_bytes
+from harness.models.model_files import LLAMA_CONFIG, safetensors_bytes
 from mgpu.protocol.checkpoint.read import Checkpoint, CheckpointError, expected_tensors, read_checkpoint
 
 Tensors = dict[str, tuple[str, list[int]]]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.model_files import (
+from harness.models.model_files import (
     LLAMA_CONFIG,
     LLAMA_METADATA,
     GgufValue,

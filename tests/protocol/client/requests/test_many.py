@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.gateway_process import BOS, GatewayProcess
-from harness.scripted_server import DEADLINE_S, ScriptedServer
+from harness.servers.gateway_process import BOS, GatewayProcess
+from harness.servers.scripted_server import DEADLINE_S, ScriptedServer
 from mgpu import AsyncClient, Client, Completion, DeadlineExceeded, MgpuError, RequestFailed, ServerUnreachable
 from mgpu.protocol.client.requests.many import AnyPrompt
 

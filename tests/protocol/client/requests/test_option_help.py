@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import mgpu
-from harness.gateway_process import GatewayProcess, says
+from harness.servers.gateway_process import GatewayProcess, says
 from mgpu import AsyncClient, Client, Completion, CompletionChoice, GenerateOptions, Usage
 from mgpu.protocol.client.requests.option_help import MEANINGS
 from mgpu.protocol.client.requests.request_message import SHORTCUTS

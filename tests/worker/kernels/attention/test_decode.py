@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from harness.kernel_checks import paged_cache, relative_error, tolerance
+from harness.kernels.kernel_checks import paged_cache, relative_error, tolerance
 from mgpu.worker.kernels.attention.decode import DecodeTiling, choose_tiling, decode_attention
 from mgpu.worker.kernels.attention.inputs import PackedHeads, PagedCache
 from mgpu.worker.kernels.attention.rope_cache import rope_and_cache

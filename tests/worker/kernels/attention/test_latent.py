@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.kernel_checks import paged_cache, relative_error, tolerance
-from harness.random_model import write_random_model
-from harness.rank_threads import ThreadGroup, run_ranks
-from harness.stage_driver import Row, Stages, make_batch
+from harness.kernels.kernel_checks import paged_cache, relative_error, tolerance
+from harness.models.random_model import write_random_model
+from harness.ranks.rank_threads import ThreadGroup, run_ranks
+from harness.ranks.stage_driver import Row, Stages, make_batch
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.worker.attention import triton_backend
 from mgpu.worker.kernels.attention import latent

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from harness.kernel_checks import paged_cache, relative_error, tolerance
+from harness.kernels.kernel_checks import paged_cache, relative_error, tolerance
 from mgpu.worker.kernels.attention.prefill import PrefillTiling, prefill_attention
 from mgpu.worker.kernels.reference import paged_attention
 

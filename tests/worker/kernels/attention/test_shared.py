@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from harness.stage_driver import Row, make_batch
+from harness.ranks.stage_driver import Row, make_batch
 from mgpu.worker.attention.interface import AttentionSpec, HeadNorms
 from mgpu.worker.attention.plain_backend import PlainBackend
 from mgpu.worker.attention.triton_backend import TritonBackend

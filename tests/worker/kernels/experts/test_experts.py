@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.kernel_checks import relative_error, tolerance
+from harness.kernels.kernel_checks import relative_error, tolerance
 from mgpu.protocol.checkpoint.quantized.gguf import GGUF_FORMATS
 from mgpu.protocol.model.expert_facts import Clamp, ExpertChoice, ExpertFacts
 from mgpu.protocol.model.quantization import Quant, weight_format

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from harness.kernel_checks import relative_error, tolerance
+from harness.kernels.kernel_checks import relative_error, tolerance
 from mgpu.worker.kernels.layers.gates import add_share, gate_heads
 
 

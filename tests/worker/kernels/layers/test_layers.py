@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from harness.kernel_checks import relative_error, tolerance
+from harness.kernels.kernel_checks import relative_error, tolerance
 from mgpu.protocol.model.facts import Activation
 from mgpu.worker.kernels import reference
 from mgpu.worker.kernels.attention.inputs import PackedHeads

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.kernel_checks import relative_error, tolerance
-from harness.rank_threads import ThreadGroup, run_ranks
-from harness.stage_driver import Row, Stages, make_batch
-from harness.tiny_models import TinyModel
+from harness.kernels.kernel_checks import relative_error, tolerance
+from harness.models.tiny_models import TinyModel
+from harness.ranks.rank_threads import ThreadGroup, run_ranks
+from harness.ranks.stage_driver import Row, Stages, make_batch
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.model.attention_facts import LinearFacts
 from mgpu.worker.attention import rule_check

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from harness.peer_checks import DIM, ROWS, Rank, compare, region_bytes
-from harness.rank_processes import outputs, rank_processes
+from harness.kernels.peer_checks import DIM, ROWS, Rank, compare, region_bytes
+from harness.ranks.rank_processes import outputs, rank_processes
 from mgpu.worker.kernels.layers.float8_quantize import as_rows, empty_words
 from mgpu.worker.kernels.layers.norm import add_rms_norm_float8
 from mgpu.worker.kernels.peers.all_reduce import Residual
@@ -18,7 +18,7 @@ def test_ranks_as_processes_compute_the_same_bits() -> None:
     if torch.cuda.is_available():
         pytest.skip("kernels are compiled here, not interpreted")
     shared_bytes = RANKS * region_bytes(RANKS, torch.bfloat16)
-    with rank_processes("harness.peer_rank", RANKS, shared_bytes, str(RANKS)) as processes:
+    with rank_processes("harness.ranks.peer_rank", RANKS, shared_bytes, str(RANKS)) as processes:
         assert [process.read_line() for process in processes] == ["empty\n"] * RANKS
         for process in processes:
             process.write(b"\n")

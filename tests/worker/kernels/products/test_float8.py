@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.kernel_checks import relative_error
-from harness.random_model import write_random_model
-from harness.stage_driver import logits_in_chunks
+from harness.kernels.kernel_checks import relative_error
+from harness.models.random_model import write_random_model
+from harness.ranks.stage_driver import logits_in_chunks
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.model.quantization import weight_format
 from mgpu.worker.attention.triton_backend import TritonBackend

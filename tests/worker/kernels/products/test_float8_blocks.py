@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from harness.kernel_checks import relative_error
+from harness.kernels.kernel_checks import relative_error
 from mgpu.protocol.model.weight_format import WeightFormat
 from mgpu.worker.kernels.layers.float8_quantize import quantize_blocks
 from mgpu.worker.kernels.products import choose, float8_blocks

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.kernel_checks import relative_error, tolerance
+from harness.kernels.kernel_checks import relative_error, tolerance
 from mgpu.protocol.model.facts import Activation
 from mgpu.protocol.model.quantization import Quant, weight_format
 from mgpu.worker.kernels.products.choose import matmul, quantized_matmul

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from harness.kernel_checks import relative_error
-from harness.ptx import run_ptx
+from harness.kernels.kernel_checks import relative_error
+from harness.kernels.ptx import run_ptx
 from mgpu.protocol.checkpoint.quantized.gguf import GGUF_FORMATS
 from mgpu.protocol.model.weight_format import WeightFormat
 from mgpu.worker.kernels.products.warpgroup import gemm, trial
@@ -85,7 +85,7 @@ def test_a_middle_code_has_no_error_of_its_scale() -> None:
 
 def test_they_compile_for_hopper() -> None:
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "harness.compiled_sizes", "90", str(227 << 10), "warpgroups"]
+    command = [sys.executable, "-m", "harness.kernels.compiled_sizes", "90", str(227 << 10), "warpgroups"]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]

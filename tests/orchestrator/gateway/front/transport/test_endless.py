@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import zmq
 
+from harness.servers.zmtp_flood import raw_connection
 from harness.waiting import eventually
-from harness.zmtp_flood import raw_connection
 from mgpu.orchestrator.gateway.front.socket import FrontSocket
 from mgpu.orchestrator.gateway.front.transport.endless import ENDLESS_S, LOOK_S, EndlessMessages
 from mgpu.orchestrator.gateway.front.transport.open_connection import OpenConnection

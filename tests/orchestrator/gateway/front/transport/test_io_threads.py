@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from harness.gateway_process import GatewayProcess
+from harness.servers.gateway_process import GatewayProcess
 from harness.waiting import eventually
 from mgpu.orchestrator.gateway.front.socket import FrontSocket
 from mgpu.orchestrator.gateway.front.transport import io_threads

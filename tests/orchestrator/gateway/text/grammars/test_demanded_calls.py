@@ -7,8 +7,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from harness.grammar_follower import GrammarFollower
-from harness.tool_templates import weather_tool
+from harness.answers.grammar_follower import GrammarFollower
+from harness.answers.tool_templates import weather_tool
 from mgpu.orchestrator.gateway.text.chat_template import ChatPrompt
 from mgpu.orchestrator.gateway.text.generic_tools import with_generic_tools
 from mgpu.orchestrator.gateway.text.grammars.demanded_calls import call_grammar

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("llguidance", reason="needs mgpu[serve]")
 
-from harness.grammar_follower import GrammarFollower
+from harness.answers.grammar_follower import GrammarFollower
 from mgpu.orchestrator.gateway.text.grammars.grammar import GrammarError, checked_grammar
 from mgpu.orchestrator.gateway.text.grammars.thinking_limit import ThinkingLimit, grammar_with_reasoning
 from mgpu.protocol.front.fields import INT32_MAX

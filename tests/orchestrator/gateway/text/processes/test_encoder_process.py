@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness.gateway_process import BOS, VOCAB_SIZE, make_model_folder
+from harness.servers.gateway_process import BOS, VOCAB_SIZE, make_model_folder
 from harness.waiting import eventually
 from mgpu.orchestrator.gateway.text.chat_template import ChatPrompt
 from mgpu.orchestrator.gateway.text.processes import encoder_process as module

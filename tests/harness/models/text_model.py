@@ -7,7 +7,7 @@ few hundred tokens lasts long enough for a signal, or a kill, to come in its mid
 from pathlib import Path
 
 from bench.attack.small_model import write_tokenizer
-from harness.random_model import write_random_model
+from harness.models.random_model import write_random_model
 
 VOCABULARY = 1024
 LONGEST = 32_768

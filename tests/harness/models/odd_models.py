@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from harness.tiny_configs import tiny_config
+from harness.models.tiny_configs import tiny_config
 
 Tensors = dict[str, Tensor]
 IDS = [1, 17, 5, 88, 3, 42, 99, 7, 64, 21, 13, 77, 2, 54, 9, 31, 100, 0, 66, 28]

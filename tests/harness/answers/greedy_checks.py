@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harness.greedy_runner import Rows
-from harness.stage_driver import logits_in_chunks
+from harness.answers.greedy_runner import Rows
+from harness.ranks.stage_driver import logits_in_chunks
 from mgpu.protocol.checkpoint.read import Checkpoint
 
 

@@ -1,6 +1,6 @@
 """Print the kernels of a start that are not compiled ahead: run by a test, without a GPU and without compiling.
 
-    python -m harness.compile_ahead_coverage MODEL_FOLDER "[1,1] none auto" "[2] 4 fp8" …
+    python -m harness.kernels.compile_ahead_coverage MODEL_FOLDER "[1,1] none auto" "[2] 4 fp8" …
 
 One line of JSON for each case of ranks by stage, quantization and type of the KV cache. Layers are made to use kernels
 on the CPU, and launches are recorded with what they would be compiled for. ``tests/worker`` and ``bench`` must be in
@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 
 import mgpu.worker.attention.choose as attention
 from bench.kernels.timing import compile_only, set_overlap
-from harness.parts import with_changes
+from harness.models.parts import with_changes
 from harness.specs import make_plan, make_spec
 from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.protocol.model.placement import RankPlace

@@ -5,7 +5,7 @@ import struct
 import torch
 from torch import Tensor
 
-from harness.rank_threads import ThreadGroup, run_ranks
+from harness.ranks.rank_threads import ThreadGroup, run_ranks
 from mgpu.protocol.internal.grammars import new_matcher, token_table
 from mgpu.protocol.internal.worker_messages import NewRow, RowGrammar, RowSampling, StepPlan, Vocabulary
 from mgpu.worker.sampling.grammar_state import GrammarState

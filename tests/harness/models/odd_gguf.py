@@ -12,8 +12,8 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
-from harness.model_files import GgufValue, bool_array, f32, gguf_bytes, string, string_array, u32
-from harness.odd_models import logits_of, make_model
+from harness.models.model_files import GgufValue, bool_array, f32, gguf_bytes, string, string_array, u32
+from harness.models.odd_models import logits_of, make_model
 
 _LAYER_NAMES = {
     "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",

@@ -12,7 +12,7 @@ from harness.waiting import eventually
 from mgpu.launch.commands.keygen import make_server, make_worker
 from mgpu.launch.server_process import ServerProcess
 
-FAKE = "harness.fake_host"
+FAKE = "harness.ranks.fake_host"
 """As `mgpu.worker --join`, with workers that need no torch."""
 END_S = 60.0
 

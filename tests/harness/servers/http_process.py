@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from harness.http_client import Answer, get, post
+from harness.servers.http_client import Answer, get, post
 from mgpu.orchestrator.host.listening import HttpAddress, listening
 from mgpu.orchestrator.processes.child_process import ChildProcess
 from mgpu.protocol.internal.http_spec import HTTP_LINK, READY, ApiKey, HttpOptions, HttpSpec, NewApiKeys

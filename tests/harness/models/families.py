@@ -1,6 +1,6 @@
 """The tiny models of all families, by name (`tiny_configs.tiny_config`), and what differs between families on GPUs."""
 
-from harness.tiny_configs import HYBRID_MODELS, WIDE_HYBRIDS
+from harness.models.tiny_configs import HYBRID_MODELS, WIDE_HYBRIDS
 from mgpu.protocol.checkpoint.huggingface.borrowed import BORROWED as BORROWED_TYPES
 
 DENSE = (

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import torch
 
-from harness.odd_models import INDEX, WHOLE, Case, Change, Folder, Tensors
-from harness.tiny_configs import TINY
+from harness.models.odd_models import INDEX, WHOLE, Case, Change, Folder, Tensors
+from harness.models.tiny_configs import TINY
 
 
 def untie(folder: Folder) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import msgpack
 import zmq
 
-from harness.gateway_process import DEADLINE_S
+from harness.servers.gateway_process import DEADLINE_S
 from mgpu.protocol.front.framing import VERSION
 
 

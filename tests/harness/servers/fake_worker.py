@@ -21,7 +21,7 @@ from typing import Any
 
 import zmq
 
-from harness.fake_model import FakeModel
+from harness.servers.fake_model import FakeModel
 from mgpu.protocol.internal.host_socket import use_host_options
 from mgpu.protocol.internal.worker_messages import (
     CONTROL,

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from harness.tiny_configs import HYBRID_MODELS, MULTIMODAL, TINY, WIDE_HYBRIDS, tiny_config
+from harness.models.tiny_configs import HYBRID_MODELS, MULTIMODAL, TINY, WIDE_HYBRIDS, tiny_config
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from harness.forked import ForkedProcess, shareable
+from harness.ranks.forked import ForkedProcess, shareable
 
 DEADLINE_S = 120.0
 

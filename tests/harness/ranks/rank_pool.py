@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from harness.greedy_runner import Rows
+from harness.answers.greedy_runner import Rows
 from mgpu.protocol.model.expert_facts import ExpertSplit
 
 DEADLINE_S = 90.0
@@ -71,7 +71,7 @@ class RankPool:
 
     def _start(self) -> None:
         for rank, device in enumerate(self._devices):
-            command = [sys.executable, "-m", "harness.rank_server", str(rank), device]
+            command = [sys.executable, "-m", "harness.ranks.rank_server", str(rank), device]
             pipe = subprocess.PIPE
             self._ranks.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True))
 

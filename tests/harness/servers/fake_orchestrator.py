@@ -12,7 +12,7 @@ from pathlib import Path
 
 import zmq
 
-from harness.forked import ForkedProcess, shareable
+from harness.ranks.forked import ForkedProcess, shareable
 from harness.specs import BLOCK_SIZE
 from mgpu.protocol.internal.process.child import frame_spec
 from mgpu.protocol.internal.worker_messages import (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 
-from harness.server_process import DEADLINE_S, ServerProcess
+from harness.servers.server_process import DEADLINE_S, ServerProcess
 from harness.waiting import eventually
 from mgpu.protocol.discovery import running_servers
 from mgpu.protocol.internal.gateway_messages import Resumable, Submit

@@ -8,7 +8,7 @@ from mgpu.orchestrator.gateway.clients import Clients
 from mgpu.protocol.front.fields import int32_array
 
 ABORT, SPIN = 66, 77
-COMMAND = (sys.executable, "-m", "harness.mortal_gateway")
+COMMAND = (sys.executable, "-m", "harness.servers.mortal_gateway")
 
 _handle = Clients._handle
 

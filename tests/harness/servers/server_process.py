@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import zmq
 
-from harness.parts import with_changes
+from harness.models.parts import with_changes
 from harness.specs import make_facts
 from harness.waiting import eventually
 from mgpu.orchestrator.config import ServerConfig, Timeouts
@@ -75,8 +75,8 @@ def config(num_stages: int = 1, ranks_per_stage: int = 1, **changes: Any) -> Ser
         prefix_cache=True,
         seed=0,
         timeouts=Timeouts(stop_timeout_s=3.0),
-        worker_command=(sys.executable, "-m", "harness.fake_worker"),
-        gateway_command=(sys.executable, "-m", "harness.fake_gateway"),
+        worker_command=(sys.executable, "-m", "harness.servers.fake_worker"),
+        gateway_command=(sys.executable, "-m", "harness.servers.fake_gateway"),
     )
     return with_changes(plain, **changes)
 
@@ -149,7 +149,7 @@ class ServerProcess:
     def workers(self) -> list[psutil.Process]:
         """The worker processes by rank, as far as they run now."""
         found: list[tuple[int, psutil.Process]] = []
-        for worker in self.children_like("harness.fake_worker"):
+        for worker in self.children_like("harness.servers.fake_worker"):
             with contextlib.suppress(psutil.ZombieProcess, psutil.NoSuchProcess):
                 found.append((int(worker.environ()["RANK"]), worker))
         return [worker for _, worker in sorted(found, key=lambda pair: pair[0])]
@@ -208,7 +208,7 @@ def running_server(
     }
     arguments = json.dumps(changes)
     with log.open("wb") as stream:
-        command = [*through, sys.executable, "-m", "harness.server_process", arguments]
+        command = [*through, sys.executable, "-m", "harness.servers.server_process", arguments]
         process = subprocess.Popen(command, env=env, stderr=stream)
     server = ServerProcess(socket, process, log)
     try:

@@ -9,4 +9,4 @@ from mgpu.worker.join_options import add_options
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     add_options(parser)
-    sys.exit(run_joined(parser.parse_args(), (sys.executable, "-m", "harness.fake_worker")))
+    sys.exit(run_joined(parser.parse_args(), (sys.executable, "-m", "harness.servers.fake_worker")))

@@ -11,10 +11,10 @@ from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import save_file
 
 from bench.broken.models import HIDDEN, MODELS, VOCAB, Tensor, made, write_model
-from harness.model_files import f32, string, u32
-from harness.odd_gguf import converted, rounded
-from harness.odd_models import make_model
-from harness.quantized_folders import FORMATS, LATENTS, SIZES, write_quantized
+from harness.models.model_files import f32, string, u32
+from harness.models.odd_gguf import converted, rounded
+from harness.models.odd_models import make_model
+from harness.models.quantized_folders import FORMATS, LATENTS, SIZES, write_quantized
 from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint
 from mgpu.protocol.model.weight_format import DENSE
 

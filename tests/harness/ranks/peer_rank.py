@@ -12,8 +12,8 @@ os.environ["TRITON_INTERPRET"] = "1"  # before the first import of a kernel
 import numpy
 import torch
 
-from harness.peer_checks import Rank, compare, region_bytes
-from harness.triton_interpreter import mend_interpreter
+from harness.kernels.peer_checks import Rank, compare, region_bytes
+from harness.kernels.triton_interpreter import mend_interpreter
 from mgpu.worker.kernels.peers.memory import PeerAlarm
 
 mend_interpreter()

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from harness.rank_threads import ThreadGroup, run_ranks
+from harness.ranks.rank_threads import ThreadGroup, run_ranks
 from mgpu.protocol.checkpoint.read import Checkpoint
 from mgpu.protocol.model.expert_facts import ExpertSplit
 from mgpu.protocol.model.facts import KvCacheDtype

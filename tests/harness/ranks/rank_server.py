@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from harness.greedy_runner import BLOCK, MOST_TOKENS, ROWS, make_runner, run_greedily
+from harness.answers.greedy_runner import BLOCK, MOST_TOKENS, ROWS, make_runner, run_greedily
 from harness.specs import make_spec
 from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint
 from mgpu.protocol.internal.worker_messages import WorkerSpec
