@@ -3,7 +3,8 @@
 Servers without a model (`bench/router/stand_in.py`) stand behind `mgpu-launch route`. Four things are measured:
 
 - requests and tokens for each second of one core: what passes, by the CPU time of the router's process, all of its
-  threads. A request of one token is four messages: generate, accepted, tokens, finished;
+  threads. A request of one token is four messages: generate, accepted, tokens, finished. The client reads several
+  messages at once, or one by one;
 - the time that it adds to a first token: the median of requests one after the other, with it and without it in turns;
 - streams: tokens per second of 256 streams of servers that make one token each 100 ms, with it and without it in turns;
 - prefix hits: 64 shared beginnings over four servers, each with room for 24 of them, against one cache with room for
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,20 +84,20 @@ def cpu_s(process: psutil.Process) -> float:
 
 def measure_rates(endpoint: str, router: psutil.Process, options: argparse.Namespace, say: Say) -> None:
     """Measure how much passes for each second of the router's CPU time."""
-    flood, long = Flood(endpoint), Flood(endpoint, ANSWER_TOKENS)
-    flood.run([PROMPT] * options.window, options.window)
-    requests, tokens = [], []
+    rates: defaultdict[tuple[str, bool], list[float]] = defaultdict(list)
+    short, long = "requests of one token", f"tokens of answers of {ANSWER_TOKENS}"
     for _ in range(options.rounds):
-        before_s = cpu_s(router)
-        flood.run([PROMPT] * options.requests, options.window)
-        between_s = cpu_s(router)
-        long.run([PROMPT] * (options.requests // 64), options.window)
-        requests.append(options.requests / max(1e-9, between_s - before_s))
-        tokens.append(ANSWER_TOKENS * (options.requests // 64) / max(1e-9, cpu_s(router) - between_s))
-    flood.close()
-    long.close()
-    say("requests of one token", requests, "/s of a core", "20000")
-    say(f"tokens of answers of {ANSWER_TOKENS}", tokens, "/s of a core", "")
+        for takes_batches in (True, False):
+            for what, tokens, count in ((short, 1, options.requests), (long, ANSWER_TOKENS, options.requests // 64)):
+                flood = Flood(endpoint, tokens, takes_batches)
+                flood.run([PROMPT] * options.window, options.window)
+                before_s = cpu_s(router)
+                flood.run([PROMPT] * count, options.window)
+                rates[what, takes_batches].append(tokens * count / max(1e-9, cpu_s(router) - before_s))
+                flood.close()
+    for (what, takes_batches), found in rates.items():
+        wanted = "20000" if what == short else ""
+        say(what if takes_batches else f"{what}, one message each", found, "/s of a core", wanted)
 
 
 def measure_added(direct: str, through: str, count: int, say: Say) -> None:

@@ -3,9 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
 
-import msgpack
 import zmq
 
 from mgpu.protocol.front import framing
@@ -17,10 +15,12 @@ PROMPT = b"\x05\0\0\0"
 class Flood:
     """Requests over one connection, so many in flight at the same time."""
 
-    def __init__(self, endpoint: str, max_tokens: int = 1) -> None:
+    def __init__(self, endpoint: str, max_tokens: int = 1, takes_batches: bool = False) -> None:
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         framing.set_client_options(self._socket, endpoint)
         self._socket.connect(endpoint)
+        if takes_batches:
+            send_message(self._socket, *framing.pack({"type": "batch", "id": 0}))
         self._max_tokens = max_tokens
         self._number = 0
         self.tokens = 0
@@ -35,7 +35,8 @@ class Flood:
                 raise SystemExit("no answer for 30 s")
             with suppress(zmq.Again):
                 while True:
-                    flying += self._take(receive_frames(self._socket)[1], left)
+                    for message in framing.unpack_batch(receive_frames(self._socket)):
+                        flying += self._take(message, left)
         return time.perf_counter() - began_s
 
     def count(self, seconds: float) -> None:
@@ -45,11 +46,11 @@ class Flood:
             if self._socket.poll(int(left_s * 1000)):
                 with suppress(zmq.Again):
                     while True:
-                        self._take(receive_frames(self._socket)[1], prompts)
+                        for message in framing.unpack_batch(receive_frames(self._socket)):
+                            self._take(message, prompts)
 
-    def _take(self, body: bytes, left: Iterator[bytes]) -> int:
+    def _take(self, message: dict[object, object], left: Iterator[bytes]) -> int:
         """Look at a message; return by how many more requests are in flight."""
-        message: dict[str, Any] = msgpack.unpackb(body)
         kind = message["type"]
         if kind == "failed":
             raise SystemExit(f"a request failed: {message}")

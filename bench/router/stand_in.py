@@ -17,6 +17,7 @@ from typing import Any
 import msgpack
 import zmq
 
+from mgpu.orchestrator.gateway.front.batches import Batches
 from mgpu.protocol.front import framing
 from mgpu.protocol.front.frames import receive_frames, send_message_to
 from mgpu.protocol.internal.process.child import end_with_parent
@@ -45,11 +46,14 @@ class StandIn:
         self._cache: OrderedDict[bytes, None] = OrderedDict()
         self._hits = self._requests = 0
         self._streams: list[_Stream] = []
+        self.takes_batches: set[bytes] = set()
 
     def take(self, peer: bytes, message: Message) -> None:
         """Answer a message of a client."""
         number, kind = message["id"], message["type"]
-        if kind == "generate":
+        if kind == "batch":
+            self.takes_batches.add(peer)
+        elif kind == "generate":
             self._begin(peer, number, message)
         elif kind == "health":
             kv_tokens = self._cached * PREFIX_TOKENS
@@ -110,11 +114,17 @@ def main() -> None:
     socket.set_hwm(0)
     socket.bind(options.endpoint)
     step_s = options.step_ms / 1000
-    stand_in = StandIn(
-        step_s,
-        options.cached,
-        lambda peer, message: send_message_to(socket, peer, framing.VERSION, msgpack.packb(message)),
-    )
+
+    def send(peer: bytes, body: bytes) -> None:
+        send_message_to(socket, peer, framing.VERSION, body)
+
+    def send_map(peer: bytes, message: Message) -> None:
+        if peer in stand_in.takes_batches:
+            batches.add(peer, msgpack.packb(message))
+        else:
+            send(peer, msgpack.packb(message))
+
+    batches, stand_in = Batches(send), StandIn(step_s, options.cached, send_map)
     next_s = time.monotonic() + step_s
     while True:
         socket.poll(max(0, int((next_s - time.monotonic()) * 1000)) if step_s else None)
@@ -125,6 +135,7 @@ def main() -> None:
         if step_s and time.monotonic() >= next_s:
             stand_in.step()
             next_s = max(next_s + step_s, time.monotonic())
+        batches.send()
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from mgpu.protocol.front.client_messages import (
     Detokenize,
     Generate,
     ResumeRequest,
+    TakeBatches,
     Tokenize,
     parse_client_message,
 )
@@ -149,6 +150,8 @@ class Clients:
             self._prompts.encode(self._requests.begin(received, as_request(message), message), self._model.codec)
         elif isinstance(message, ResumeRequest):
             self._resumptions.resume(connection, account, message)
+        elif isinstance(message, TakeBatches):
+            self._front.connections.take_batches(connection)
         elif not isinstance(message, CancelRequest):
             self._queries.on_query(connection, account, message)
         elif (request := self._table.get(connection, message.id)) is not None:

@@ -61,7 +61,7 @@ class Replica:
     def connect(self, endpoint: str) -> None:
         """Begin to connect. Requests on an earlier connection must have been taken off it."""
         self.disconnect()
-        self.session = Session(endpoint, self._keys)
+        self.session = Session(endpoint, self._keys, takes_batches=True)
         self._seen_s = self._heard_s = time.monotonic()
 
     def disconnect(self) -> None:

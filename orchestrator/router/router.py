@@ -33,6 +33,7 @@ from mgpu.protocol.front.client_messages import (
     Detokenize,
     Query,
     ResumeRequest,
+    TakeBatches,
     Tokenize,
     parse_client_message,
 )
@@ -96,6 +97,7 @@ class Router:
         if now_s >= self._next_period_s:
             self._next_period_s = now_s + PERIOD_S
             self._run_periodic_work(now_s)
+        self._front.send_batches()
         return [fd for fd in fds if fd in ready]
 
     def _poller_for(self, fds: Sequence[int]) -> zmq.Poller:
@@ -159,6 +161,8 @@ class Router:
         elif isinstance(message, (Tokenize, Detokenize)):
             self._check_id(received.connection, message.id)
             self.questions.ask(received.connection, message, {str(name): value for name, value in data.items()})
+        elif isinstance(message, TakeBatches):
+            self._front.connections.take_batches(received.connection)
         elif isinstance(message, CancelRequest):
             self._cancel(received.connection, message.id)
 

@@ -132,6 +132,13 @@ class CancelRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class TakeBatches:
+    """Say that this client reads arrays of messages. It has no answer."""
+
+    id: Annotated[int, REQUEST_ID]
+
+
+@dataclass(frozen=True, slots=True)
 class Query:
     """Ask for health, stats or models."""
 
@@ -169,7 +176,7 @@ class Detokenize:
 
 
 TextQuery = Tokenize | Detokenize
-ClientMessage = Generate | ResumeRequest | CancelRequest | Query | TextQuery
+ClientMessage = Generate | ResumeRequest | CancelRequest | TakeBatches | Query | TextQuery
 
 
 def _rules_of(message: type) -> dict[str, Rule]:
@@ -182,7 +189,7 @@ _RESUME_RULES = _rules_of(ResumeRequest)
 _ID_RULES = _rules_of(CancelRequest)
 TOKENIZE_RULES = _rules_of(Tokenize)
 DETOKENIZE_RULES = _rules_of(Detokenize)
-_TYPE = OneOf(("generate", "resume", "cancel", "tokenize", "detokenize", *get_args(QueryKind)))
+_TYPE = OneOf(("generate", "resume", "cancel", "batch", "tokenize", "detokenize", *get_args(QueryKind)))
 
 
 def parse_client_message(data: Mapping[object, object]) -> ClientMessage:
@@ -198,6 +205,8 @@ def parse_client_message(data: Mapping[object, object]) -> ClientMessage:
     if kind == "detokenize":
         return Detokenize(**_parsed(rest, DETOKENIZE_RULES, "id", "token_ids"))
     request_id = _parsed(rest, _ID_RULES, "id")["id"]
+    if kind == "batch":
+        return TakeBatches(request_id)
     return CancelRequest(request_id) if kind == "cancel" else Query(cast("QueryKind", kind), request_id)
 
 

@@ -123,6 +123,15 @@ class Connections:
         found = self._by_name.get(connection)
         return "" if found is None else found.owner
 
+    def take_batches(self, connection: bytes) -> None:
+        """Note that a connection reads arrays of messages."""
+        if (found := self._by_name.get(connection)) is not None:
+            found.takes_batches = True
+
+    def takes_batches(self, connection: bytes) -> bool:
+        found = self._by_name.get(connection)
+        return found is not None and found.takes_batches
+
     def has_room(self, connection: bytes, nbytes: int) -> bool:
         """Return whether libzmq may be handed so many bytes more for a connection, and count them then."""
         found = self._by_name.get(connection)

@@ -14,6 +14,7 @@ import zmq
 
 from mgpu.orchestrator.gateway.front.access import DOMAIN, AccessControl, origin_of, owner_of
 from mgpu.orchestrator.gateway.front.account import Account, account_of
+from mgpu.orchestrator.gateway.front.batches import Batches
 from mgpu.orchestrator.gateway.front.connections import Connections
 from mgpu.orchestrator.gateway.front.endpoint import BindError, bind, is_lost, release
 from mgpu.orchestrator.gateway.front.hidden_options import seed_routing_ids, set_hidden_options
@@ -102,6 +103,7 @@ class FrontSocket:
         self._limits = replace(framing.FROM_CLIENT, frame_bytes=max_bytes)
         self._backlogs: dict[bytes, _Backlog] = {}
         self._backlog_bytes = 0
+        self._batches = Batches(self._send_now)
         self._lost: dict[bytes, Loss] = {}
         self._skipped_from = (b"", "")
         """Connection and owner of the message that is skipped."""
@@ -219,6 +221,17 @@ class FrontSocket:
 
     def send_body(self, connection: bytes, body: bytes) -> None:
         """Send a message, of which ``body`` is the map, as `send` does."""
+        if self.connections.takes_batches(connection):
+            if connection not in self._lost:
+                self._batches.add(connection, body)
+        else:
+            self._send_now(connection, body)
+
+    def send_batches(self) -> None:
+        """Send what was kept for clients that read several messages at once. Call it at the end of a turn."""
+        self._batches.send()
+
+    def _send_now(self, connection: bytes, body: bytes) -> None:
         if connection in self._lost:
             return  # its backlog was thrown away: a later message would hide that something is missing
         backlog = self._backlogs.get(connection)
@@ -239,6 +252,7 @@ class FrontSocket:
 
     def _give_up(self, connection: bytes) -> None:
         backlog = self._backlogs.pop(connection)
+        self._batches.drop(connection)
         self._add(backlog, -backlog.size)
         self._lost[connection] = "slow"
 
@@ -246,10 +260,12 @@ class FrontSocket:
         """Send a connection nothing more of what was meant for it, because its own messages were dropped."""
         if connection in self._backlogs:
             self._give_up(connection)
+        self._batches.drop(connection)
         self._lost.setdefault(connection, "flooding")
 
     def flush(self) -> None:
-        """Try again to send the messages that wait for slow readers."""
+        """Send what waits: the batches of this turn, and messages for slow readers."""
+        self.send_batches()
         for connection, backlog in list(self._backlogs.items()):
             while backlog.bodies and self._try_send(connection, backlog.bodies[0]):
                 self._add(backlog, -len(backlog.bodies.popleft()))

@@ -15,6 +15,7 @@ from mgpu.protocol.front.frames import receive_frames, send_message
 from mgpu.protocol.keys import KEYS_VARIABLE, ClientKeys, fingerprint, use_client_keys
 
 _FAILED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+CONNECTED = int(zmq.EVENT_HANDSHAKE_SUCCEEDED)
 _EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _FAILED
 _OTHER_MECHANISM = zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH
 """One side has keys and the other has none."""

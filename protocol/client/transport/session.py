@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-from mgpu.protocol.client.transport.channel import Channel, Event
+from mgpu.protocol.client.transport.channel import CONNECTED, Channel, Event
 from mgpu.protocol.client.transport.resumable import RETRY_S, ResumableRequest, error_of
 from mgpu.protocol.errors import MgpuError
 from mgpu.protocol.front import framing
@@ -31,14 +31,20 @@ from mgpu.protocol.front.server_messages import (
 )
 from mgpu.protocol.keys import ClientKeys, find_client_keys
 
+BATCH_ID = 2**63 - 1
+"""Of the message that has no answer; a server that does not know it answers `failed`, of which nothing comes."""
+
 Reply = TypeVar("Reply", Health, Stats, Models, Tokenized, Detokenized)
 
 
 class Session:
     """Send requests, hand each message that arrives to its request, and resume requests on a new connection."""
 
-    def __init__(self, endpoint: str, keys: str | Path | ClientKeys | None) -> None:
-        """Begin to connect. ``keys`` or their file are for tcp; else MGPU_KEYS."""
+    def __init__(self, endpoint: str, keys: str | Path | ClientKeys | None, takes_batches: bool = False) -> None:
+        """Begin to connect. ``keys`` or their file are for tcp; else MGPU_KEYS.
+
+        ``takes_batches``: several messages may come as one. This pays where many requests share a connection.
+        """
         if not endpoint.startswith("tcp://"):
             keys = None
         elif not isinstance(keys, ClientKeys):
@@ -47,6 +53,7 @@ class Session:
         self.secret = secrets.token_hex(16)
         """Secret of this client. (session, request id) identifies a request also after a reconnection."""
         self.requests: dict[int, ResumableRequest] = {}
+        self._takes_batches = takes_batches
         self._resume_at_s = math.inf
         """The earliest `resume_at_s` of the requests."""
         self._asked: dict[int, float] = {}
@@ -146,9 +153,9 @@ class Session:
 
     def _on_frames(self, frames: list[bytes]) -> None:
         try:
-            data = framing.unpack(frames, framing.FROM_SERVER)
-            if not self._was_relayed(data):
-                self._on_message(parse_server_message(data))
+            for data in framing.unpack_batch(frames):
+                if not self._was_relayed(data):
+                    self._on_message(parse_server_message(data))
         except (framing.WireError, FieldError) as error:
             self.fail_all(self._not_our_protocol(str(error)))
 
@@ -236,6 +243,8 @@ class Session:
 
         Several connections can have been made and lost since the last call. Each request is resumed once.
         """
+        if self._takes_batches and any(event == CONNECTED for event, _ in events):
+            self._try_to_send({"type": "batch", "id": BATCH_ID})
         if self.channel.note(events):
             for request in self.requests.values():
                 request.disconnect()

@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mgpu.protocol.front.framing import FROM_CLIENT, FROM_SERVER, VERSION, WireError, pack, unpack
+from mgpu.protocol.front.framing import (
+    FROM_CLIENT,
+    FROM_SERVER,
+    VERSION,
+    WireError,
+    batch_of,
+    pack,
+    unpack,
+    unpack_batch,
+)
 
 MAX_FRAME_BYTES = FROM_CLIENT.frame_bytes
 
@@ -19,6 +28,20 @@ def test_a_message_survives_packing() -> None:
         "type": "generate", "id": 1, "prompt": "é€😀", "prompt_ids": b"\x01\x00", "nothing": None, "x": [1.5, True],
     }  # fmt: skip
     assert unpack(pack(values)) == values
+
+
+@pytest.mark.parametrize("count", [1, 2, 15, 16, 1024])
+def test_a_batch_has_its_messages_in_order(count: int) -> None:
+    messages = [{"id": at} for at in range(count)]
+    body = batch_of([pack(each)[1] for each in messages])
+    assert unpack_batch([VERSION, body]) == messages
+    assert body == msgpack.packb(messages if count > 1 else messages[0])
+
+
+@pytest.mark.parametrize("body", [b"\x01", b"\x91\x01", b"\x92\x80\x90", b"\xdc\xff\xff"])
+def test_a_batch_of_anything_but_maps_is_refused(body: bytes) -> None:
+    with pytest.raises(WireError):
+        unpack_batch([VERSION, body])
 
 
 def test_a_message_of_the_server_may_have_16_mib() -> None:

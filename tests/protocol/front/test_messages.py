@@ -15,6 +15,7 @@ from mgpu.protocol.front.client_messages import (
     Generate,
     Query,
     ResumeRequest,
+    TakeBatches,
     Tokenize,
     parse_client_message,
 )
@@ -162,11 +163,13 @@ def test_nil_means_the_default() -> None:
 
 def test_queries_and_cancel_need_an_id_only() -> None:
     assert parse_client_message({"type": "cancel", "id": 5}) == CancelRequest(5)
+    assert parse_client_message({"type": "batch", "id": 5}) == TakeBatches(5)
     assert parse_client_message({"type": "stats", "id": 0}) == Query("stats", 0)
     with pytest.raises(FieldError, match="id is missing"):
         parse_client_message({"type": "health"})
     with pytest.raises(
-        FieldError, match="type must be one of generate, resume, cancel, tokenize, detokenize, health, stats, models"
+        FieldError,
+        match="type must be one of generate, resume, cancel, batch, tokenize, detokenize, health, stats, mod",
     ):
         parse_client_message({"id": 1})
 

@@ -17,6 +17,8 @@ class OpenConnection:
     is_proven: bool = False
     name: bytes = b""
     """The ROUTER's id, once it has sent a message."""
+    takes_batches: bool = False
+    """It has said that it reads arrays of messages."""
     end_at_s: float | None = None
     is_heard: bool = False
     """A message has come since endless.py has last looked."""
