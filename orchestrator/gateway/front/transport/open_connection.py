@@ -26,6 +26,8 @@ class OpenConnection:
     """For how much of libzmq's time it has had unread bytes since then; see endless.py."""
     piped_bytes: int = 0
     """Handed to libzmq since it was last seen that the peer has taken everything; see pipe_room.py."""
+    ask_at_bytes: int = 0
+    """The number at which this is looked at next."""
     piped_at_s: float = 0.0
     """How long libzmq had worked when the bytes were last looked at; see pipe_room.py."""
 

@@ -20,6 +20,8 @@ from mgpu.orchestrator.gateway.front.transport.open_connection import OpenConnec
 
 FREE_BYTES = 64 << 10
 """Of one connection, for which the kernel is not asked."""
+ASK_BYTES = 16 << 10
+"""More that a connection is handed before the kernel is asked again: asking takes longer than sending a token."""
 MAX_BYTES = 1 << 20
 """Of one connection that does not read. A single message may be longer."""
 MAX_TOTAL_BYTES = 64 << 20
@@ -42,11 +44,13 @@ class PipeRoom:
         """Count so many bytes more for a connection; False if it has to read first. An idle one may have any number."""
         held = connection.piped_bytes + nbytes
         if held > FREE_BYTES:
-            if connection.piped_bytes:
+            is_too_much = held > (MAX_BYTES if self._total < MAX_TOTAL_BYTES else FREE_BYTES)
+            if connection.piped_bytes and (is_too_much or held >= connection.ask_at_bytes):
                 if self._has_taken_all(connection):
                     held = nbytes
-                elif held > (MAX_BYTES if self._total < MAX_TOTAL_BYTES else FREE_BYTES):
+                elif is_too_much:
                     return False
+                connection.ask_at_bytes = held + ASK_BYTES
             connection.piped_at_s = self._threads.worked_s()
         self._total += held - connection.piped_bytes
         connection.piped_bytes = held

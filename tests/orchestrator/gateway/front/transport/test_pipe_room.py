@@ -183,3 +183,12 @@ def test_what_libzmq_does_not_accept_is_not_counted(
     assert (found.piped_bytes, front.connections._pipes._total) == (0, 0)
     front.flush()
     assert found.piped_bytes > 1000
+
+
+def test_the_kernel_is_not_asked_for_each_of_many_short_messages() -> None:
+    asked: list[OpenConnection] = []
+    room, found, handed = PipeRoom(lambda each: asked.append(each) or 1), connection(), 0
+    while room.take(found, 100):
+        handed += 1
+    assert handed > 10_000
+    assert len(asked) < 100
