@@ -23,8 +23,8 @@ from mgpu.protocol.internal.process.logs import configure_logging
 from mgpu.protocol.internal.router_messages import ROUTER_LINK, RouterOrders, RouterReport, RouterSpec
 
 MAX_REQUEST_BYTES = 1 << 20
-CONNECT_S = 3.0
-"""How long replicas may take to answer before clients are let in: a router that replaces another finds them all."""
+KNOWN_S = 3.0
+"""How long replicas may take to answer before clients are let in."""
 REPORT_INTERVAL_S = 0.2
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def main() -> int:
     os.set_blocking(spec.report_fd, False)
     fleet = Fleet(spec.replica_keys or None)
     fleet.follow(orders)
-    _wait_for(fleet)
+    fleet.wait_until_known(KNOWN_S)
     with zmq.Context() as context:
         front = FrontSocket(context, spec.bind, MAX_REQUEST_BYTES, spec.keys, spec.own_key)
         if spec.limits is not None:
@@ -56,16 +56,6 @@ def main() -> int:
             fleet.close()
             front.close()
     return 0
-
-
-def _wait_for(fleet: Fleet) -> None:
-    until_s = time.monotonic() + CONNECT_S
-    while time.monotonic() < until_s:
-        for replica in fleet.replicas:
-            replica.receive()
-        if all(replica.is_connected or replica.session is None for replica in fleet.replicas):
-            return
-        time.sleep(0.01)
 
 
 def _serve(router: Router, fleet: Fleet, orders: RouterOrders, endpoint: str, report_fd: int) -> None:

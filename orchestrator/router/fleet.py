@@ -1,8 +1,12 @@
 """The replicas as the parent orders them."""
 
+import time
+
 from mgpu.orchestrator.router.dispatch import Dispatch
 from mgpu.orchestrator.router.replica import Replica
 from mgpu.protocol.internal.router_messages import ReplicaReport, RouterOrders
+
+PAUSE_S = 0.005
 
 
 class Fleet:
@@ -41,6 +45,21 @@ class Fleet:
         replica.disconnect()
         self.replicas.remove(replica)
         del self._endpoints[replica.name]
+
+    def wait_until_known(self, seconds: float) -> None:
+        """Wait, so long at most, until every replica that is there has said whether it takes requests.
+
+        Clients of a router that was lost come back as soon as the next one listens. What they then send for the first
+        time would be refused, if no replica were known to take it.
+        """
+        until_s = time.monotonic() + seconds
+        while (now_s := time.monotonic()) < until_s:
+            for replica in self.replicas:
+                replica.receive()
+                replica.ask(now_s)
+            if all(replica.is_known or replica.session is None for replica in self.replicas):
+                return
+            time.sleep(PAUSE_S)
 
     def reports(self) -> list[ReplicaReport]:
         """Return what the parent is told."""

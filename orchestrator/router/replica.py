@@ -100,6 +100,11 @@ class Replica:
         return session.channel.is_connected and health.state in _TAKING
 
     @property
+    def is_known(self) -> bool:
+        """Return whether it has said on this connection if it takes requests."""
+        return self.is_connected and self.health is not None and (self._told_models or self.health.state not in _TAKING)
+
+    @property
     def served(self) -> str:
         """Return what it serves, in words by which replicas are compared; empty if it has not told on this connection.
 

@@ -76,6 +76,7 @@ class Router:
         self._adoption = Adoption(replicas, self.table, self.dispatch)
         self._inbox = Inbox(front, FairTurns[Received](), self._on_client, QUANTUM_S)
         self._agreement = Agreement()
+        self._agreement.check(replicas)
         self._next_period_s = 0.0
         self._bug_log = BoundedLog(log, logging.ERROR)
         self._poller, self._polled = zmq.Poller(), list[object]()
