@@ -1,9 +1,9 @@
-"""Kill copies, their parts and the router under compared streams: ``python -m bench.router.kills [--kills 50]``.
+"""Kill copies, their parts and the router under compared streams: ``python -m bench.router.kills``.
 
 A small model with random weights runs in copies behind `serve --replicas`, on CPU workers or, with `--device cuda`,
 each on GPUs of its own. Streams go on all the time, and each answer is compared, token for token, with that of the
-same request before anything was killed. In turns the parent of a copy, its worker, its gateway and the router are
-killed with SIGKILL. At the end the copies are started again one by one (`roll`) twice.
+same request before anything was killed. The parent of a copy, its worker, its gateway and the router are killed with
+SIGKILL, as often and in the order that `--faults` says, and copies are started again one by one (`roll`).
 """
 
 import argparse
@@ -28,16 +28,17 @@ from mgpu.launch.server_process import ServerProcess
 
 SHOWN = ("fault", "times", "answers", "lost", "different", "moved", "longest gap, s")
 READY_S = 120.0
-NUM_TOKENS = 100
 ROUTER = "mgpu.orchestrator.router"
-KINDS = ("parent", "worker", "gateway", "router")
+KINDS = ("parent", "worker", "gateway", "router", "roll")
+FAULTS = "parent=13,worker=13,gateway=12,router=12,roll=2"
 
 
 class Streams:
     """Threads that stream answers one after the other and compare them."""
 
-    def __init__(self, endpoint: str, count: int) -> None:
+    def __init__(self, endpoint: str, count: int, num_tokens: int) -> None:
         self._endpoint = endpoint
+        self._num_tokens = num_tokens
         self._expected: dict[int, tuple[int, ...]] = {}
         self._stopping = threading.Event()
         self._lock = threading.Lock()
@@ -45,7 +46,7 @@ class Streams:
         self.gap_s = 0.0
         with Client(endpoint) as client:
             for seed in range(count):
-                self._expected[seed] = client.generate([seed + 5, 9], **options(seed)).token_ids
+                self._expected[seed] = client.generate([seed + 5, 9], **self._options(seed)).token_ids
         self._threads = [threading.Thread(target=self._run, args=(seed,), daemon=True) for seed in range(count)]
         for thread in self._threads:
             thread.start()
@@ -66,11 +67,15 @@ class Streams:
     def _stream(self, client: Client, seed: int) -> tuple[int, ...]:
         tokens: list[int] = []
         last_s = time.monotonic()
-        for piece in client.stream([seed + 5, 9], **options(seed)):
+        for piece in client.stream([seed + 5, 9], **self._options(seed)):
             now_s = time.monotonic()
             self.gap_s, last_s = max(self.gap_s, now_s - last_s), now_s
             tokens += piece.token_ids
         return tuple(tokens)
+
+    def _options(self, seed: int) -> dict[str, object]:
+        """Return the options of a stream's requests: half of them sampled."""
+        return {"max_tokens": self._num_tokens, "ignore_eos": True, "seed": seed, "temperature": float(seed % 2)}
 
     def _count(self, name: str) -> None:
         with self._lock:
@@ -92,11 +97,6 @@ class Streams:
         self._stopping.set()
         for thread in self._threads:
             thread.join(120.0)
-
-
-def options(seed: int) -> dict[str, object]:
-    """Return the options of a stream's requests: half of them sampled."""
-    return {"max_tokens": NUM_TOKENS, "ignore_eos": True, "seed": seed, "temperature": float(seed % 2)}
 
 
 def victim_of(server: ServerProcess, kind: str, rng: random.Random) -> psutil.Process:
@@ -126,12 +126,27 @@ def kill(server: ServerProcess, client: Client, streams: Streams, kind: str, rng
         streams.wait_for_answers()  # a request that runs in several crashes in a row counts as their cause
 
 
+def roll(server: ServerProcess, endpoint: str, count: int) -> None:
+    """Start the copies again one by one, so many times."""
+    for _ in range(count):
+        command = [sys.executable, "-m", "mgpu.launch.cli", "roll", "--endpoint", endpoint]
+        subprocess.run(command, env=server.environ, check=True, stdout=subprocess.DEVNULL)
+
+
+def parse_faults(text: str) -> list[tuple[str, int]]:
+    """Return kinds and numbers of ``NAME=COUNT,…``. ValueError for others, which argparse tells."""
+    faults = [(kind, int(count)) for kind, _, count in (part.partition("=") for part in text.split(","))]
+    if unknown := [kind for kind, _ in faults if kind not in KINDS]:
+        raise ValueError(unknown)
+    return faults
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--faults", type=parse_faults, default=parse_faults(FAULTS), metavar="NAME=COUNT,…")
     parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=100, help="of each answer; few: requests are lost as they begin")
     parser.add_argument("--replicas", type=int, default=2)
-    parser.add_argument("--rolls", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--save", type=Path)
@@ -139,41 +154,28 @@ def main() -> None:
     rng, is_good = random.Random(options.seed), True
     with tempfile.TemporaryDirectory(prefix="mgpu-kills-") as folder:
         model = make_model(Path(folder) / "model", Situation(split="."))
-        words = [
-            "-m",
-            str(model),
-            "--load-format",
-            "dummy",
-            "--device",
-            options.device,
-            "--replicas",
-            str(options.replicas),
-        ]
+        words = ["-m", str(model), "--load-format", "dummy", "--device", options.device]
         words += ["--dtype", "float32"]  # answers are compared, and in bfloat16 the other rows of a step change them
-        with ServerProcess(*words, "--kv-memory", "128MiB", "--max-restarts", "1000") as server:
+        words += ["--replicas", str(options.replicas), "--kv-memory", "128MiB", "--max-restarts", "1000"]
+        with ServerProcess(*words) as server:
             endpoint = server.wait_ready()
-            streams, report = Streams(endpoint, options.streams), Report("kills", "mgpu", SHOWN, options.save)
+            report = Report("kills", "mgpu", SHOWN, options.save)
+            streams = Streams(endpoint, options.streams, options.tokens)
             with Client(endpoint) as client:
-
-                def say(fault: str, times: int, moved: float) -> None:
-                    nonlocal is_good
+                for kind, times in options.faults:
+                    before = client.stats()["router_moved"]
+                    if kind == "roll":
+                        roll(server, endpoint, times)
+                    else:
+                        kill(server, client, streams, kind, rng, times)
+                    moved = max(0.0, client.stats()["router_moved"] - before)  # a new router begins at 0
                     counts, gap_s = streams.take()
                     row = {name: counts[name] for name in ("answers", "lost", "different")}
                     is_good &= not row["lost"] and not row["different"]
+                    fault = kind if kind == "roll" else f"SIGKILL of a {kind}"
                     report.add(
                         {"fault": fault, "times": times, **row, "moved": moved, "longest gap, s": round(gap_s, 1)}
                     )
-
-                for at, kind in enumerate(KINDS):
-                    before = client.stats()["router_moved"]
-                    times = options.kills // len(KINDS) + (at < options.kills % len(KINDS))
-                    kill(server, client, streams, kind, rng, times)
-                    say(f"SIGKILL of a {kind}", times, max(0.0, client.stats()["router_moved"] - before))
-                before = client.stats()["router_moved"]
-                for _ in range(options.rolls):
-                    roll = [sys.executable, "-m", "mgpu.launch.cli", "roll", "--endpoint", endpoint]
-                    subprocess.run(roll, env=server.environ, check=True, stdout=subprocess.DEVNULL)
-                say("roll", options.rolls, client.stats()["router_moved"] - before)
             streams.stop()
             os.kill(server.process.pid, signal.SIGTERM)
     if not is_good:
