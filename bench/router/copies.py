@@ -86,20 +86,21 @@ class Comparison:
         ]
         return self._processes.run(shares)
 
-    def prefixes(self) -> tuple[list[float], list[float], list[float]]:
-        """Return requests per second of all copies and of one single server, and the share of hits of the copies."""
-        routed, single, hits = [], [], []
-        count = len(self._servers.single)
-        with Client(self._servers.routed) as client:
-            for _ in range(self._rounds):
-                single.append(self._shared(self._servers.single[0], 1))
-                before = client.stats()
-                routed.append(self._shared(self._servers.routed, count))
-                time.sleep(1.0)  # the router asks for counters twice a second
-                after = client.stats()
+    def prefixes(self) -> dict[str, tuple[list[float], list[float]]]:
+        """Return requests per second and shares of hits: of all copies, and of one single server."""
+        servers = {"one server": (self._servers.single[0], 1)}
+        servers[f"{len(self._servers.single)} copies"] = (self._servers.routed, len(self._servers.single))
+        found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in servers}
+        for _ in range(self._rounds):
+            for name, (endpoint, devices) in servers.items():
+                with Client(endpoint) as client:
+                    before, rate = client.stats(), self._shared(endpoint, devices)
+                    time.sleep(1.0)  # the router asks for counters twice a second
+                    after = client.stats()
                 asked = after["prompt_tokens"] - before["prompt_tokens"]
-                hits.append((after["prefix_hit_tokens"] - before["prefix_hit_tokens"]) / asked)
-        return routed, single, hits
+                found[name][0].append(rate)
+                found[name][1].append((after["prefix_hit_tokens"] - before["prefix_hit_tokens"]) / asked)
+        return found
 
     def _shared(self, endpoint: str, devices: int) -> float:
         effort, rng = self._effort, random.Random(self._next_seed())
@@ -154,11 +155,12 @@ def measure(comparison: Comparison, report: Report, effort: Effort, count: int) 
     say(f"{count} copies, {effort.streams * count} streams", routed, "tokens/s")
     say(f"{count} single servers, {effort.streams} each", direct, "tokens/s")
     say("copies to single servers", [a / b for a, b in zip(routed, direct, strict=True)], "", "0.98")
-    routed, single, hits = comparison.prefixes()
-    say(f"{PREFIXES} beginnings, {count} copies", routed, "requests/s")
-    say(f"{PREFIXES} beginnings, one server", single, "requests/s")
+    found = comparison.prefixes()
+    for name, (rates, hits) in found.items():
+        say(f"{PREFIXES} beginnings, {name}", rates, "requests/s")
+        say(f"prompt tokens in a cache, {name}", hits, "")
+    (single, _), (routed, _) = found.values()
     say("copies to one server", [a / b for a, b in zip(routed, single, strict=True)], "", "1.8")
-    say("prompt tokens in a cache", hits, "", "")
 
 
 if __name__ == "__main__":

@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=100, help="of each answer; few: requests are lost as they begin")
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--serve", type=str.split, default=[], metavar="OPTIONS", help="further ones of serve")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--save", type=Path)
     options = parser.parse_args()
@@ -157,7 +158,7 @@ def main() -> None:
         words = ["-m", str(model), "--load-format", "dummy", "--device", options.device]
         words += ["--dtype", "float32"]  # answers are compared, and in bfloat16 the other rows of a step change them
         words += ["--replicas", str(options.replicas), "--kv-memory", "128MiB", "--max-restarts", "1000"]
-        with ServerProcess(*words) as server:
+        with ServerProcess(*words, *options.serve) as server:
             endpoint = server.wait_ready()
             report = Report("kills", "mgpu", SHOWN, options.save)
             streams = Streams(endpoint, options.streams, options.tokens)
