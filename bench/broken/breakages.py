@@ -10,6 +10,11 @@ from bench.broken.models import DOWN, GGUF_DOWN, GROUP, Model, Tensor, bytes_of
 from mgpu.protocol.checkpoint.files.gguf_file import GGUF_TYPES
 from mgpu.protocol.checkpoint.files.safetensors_file import DTYPE_BYTES
 
+_RARE = (
+    "ssm_", "attn_qkv", "attn_gate", "attn_k_b", "attn_v_b", "attn_kv_a", "exp_probs_b", "inp_gate",
+    "per_layer_model_proj", "gate_exps",
+)  # fmt: skip
+"""Parts of the names of tensors in GGUF files of few families."""
 HOSTILE: tuple[object, ...] = (
     None, -1, 0, 1, 3, 1 << 40, 1.5, float("nan"), True, False, "", "marlin", [], [0, 0], [-1, 64], [1 << 40, 1], {},
     {"a": 1}, "tensor", "group", "float",
@@ -44,7 +49,9 @@ def breakages(model: Model) -> Iterator[Breakage]:
 
 
 def _is_broken_too(model: Model, name: str) -> bool:
-    """Return True for the parts of one matrix, the experts, and what is not in a layer."""
+    """Return True for the parts of one matrix, the experts, what few families have, and what is not in a layer."""
+    if model.is_gguf and any(part in name for part in _RARE):
+        return True
     chosen = (
         (GGUF_DOWN, "token_embd.weight", "output_norm.weight") if model.is_gguf else (DOWN, "model.norm.", ".experts.")
     )
@@ -58,7 +65,9 @@ def _free_types(name: str) -> tuple[str, ...]:
 
 
 def _of_header(model: Model, name: str, tensor: Tensor) -> Iterator[Breakage]:
-    is_needed = not name.endswith(("weight_shape", "g_idx")) or (name.endswith("g_idx") and "act-order" in model.name)
+    is_needed = not name.endswith(("weight_shape", "g_idx", "exp_probs_b.bias")) or (
+        name.endswith("g_idx") and "act-order" in model.name
+    )
     yield Breakage(f"{name} missing", is_needed, _stem(name), lambda model: model.with_tensor(name, None))
     shape = tensor.shape
     shapes = [
@@ -208,9 +217,15 @@ def _of_metadata(model: Model) -> Iterator[Breakage]:
         facts = {name: each for name, each in model.metadata.items() if name != key}
         return lambda model: replace(model, metadata=facts if value is None else facts | {key: value})
 
-    sizes = ("block_count", "embedding_length", "feed_forward_length", "head_count")
+    sizes: tuple[str, ...] = ("block_count", "embedding_length", "feed_forward_length", "head_count")
+    if any("_exps" in name for name in model.tensors):
+        sizes = tuple(
+            size for size in sizes if size != "feed_forward_length"
+        )  # no layer may be dense, and widths follow
     for key in model.metadata:
         for value in _GGUF_HOSTILE if not key.startswith("tokenizer") else (None,):
+            if value == model.metadata[key]:
+                continue
             is_fatal = key.endswith(sizes) and value not in (1, True)
             yield Breakage(f"{key} = {value!r}", is_fatal, change=changed(key, value))
     for value in (2, 3, 1 << 31, -1, "x"):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from bench.fuzz.targets.gguf_families import families
 from bench.fuzz.targets.model_files import metadata_value, string
 from mgpu.protocol.checkpoint.files.gguf_file import GGUF_TYPES
 from mgpu.protocol.checkpoint.files.safetensors_file import DTYPE_BYTES
@@ -216,6 +217,17 @@ def _gguf(name: str, kind: str, parts: int = 1) -> Model:
     return Model(name, tensors, metadata=_METADATA, parts=parts)
 
 
+def _family(name: str) -> Model:
+    """Return a model of an architecture with matrices in Q8_0, and with rates that fade."""
+    seed, family = random.Random(name), families(64)[name]
+    tensors = {
+        tensor: made(seed, "Q8_0" if len(shape) > 1 and shape[-1] % 32 == 0 else "F32", *shape)
+        for tensor, shape in family.shapes.items()
+    }
+    rates = {each: Tensor("F32", (2,), struct.pack("<2f", -1.0, -0.5)) for each in tensors if each.endswith("ssm_a")}
+    return Model(f"GGUF {name}", tensors | rates, metadata=family.metadata)
+
+
 MODELS: dict[str, Model] = {
     model.name: model
     for model in (
@@ -223,6 +235,7 @@ MODELS: dict[str, Model] = {
         _gpt_oss(),
         *(_gguf(f"GGUF {kind}", kind) for kind in GGUF_TYPES.values()),
         _gguf("GGUF in two parts", "Q4_0", 2),
+        *map(_family, families(64)),
     )
 }
 """A model of each format."""

@@ -50,6 +50,15 @@ class LinearFacts:
     key_dim: int
     value_dim: int
     conv_width: int
+    values_are_tiled: bool = False
+    """True if the columns of the stored output projection have the first value head of each key head, then the second
+    of each, and so on (GGUF files of Qwen3.5); else the heads that share a key head are neighbours."""
+
+    @property
+    def tiles(self) -> tuple[int, ...]:
+        """The place of each value head among those that are stored tiled."""
+        shared = self.value_heads // self.key_heads
+        return tuple(each * self.key_heads + head for head in range(self.key_heads) for each in range(shared))
 
     def channels(self, tp_size: int = 1) -> int:
         """Return the inputs of the convolution on one of ``tp_size`` ranks: queries, keys and values."""
@@ -80,6 +89,8 @@ class LatentFacts:
     query_growth: float = 0.0
     """Queries at position p are multiplied by ``1 + growth * log(1 + p // growth_from)`` (Mistral 4); 0: by 1."""
     growth_from: int = 1
+    keys_apart: bool = False
+    """True if keys and values have projections of their own in the file, that of keys transposed (GGUF)."""
 
     @property
     def width(self) -> int:

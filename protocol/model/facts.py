@@ -52,6 +52,8 @@ class PerLayerInputs:
 
     vocab_size: int
     size: int
+    form: WeightFormat = DENSE
+    """How the table is held. It is only looked up, so it stays packed on any device."""
 
 
 @dataclass(frozen=True, slots=True)

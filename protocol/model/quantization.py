@@ -39,6 +39,8 @@ class RankMatrix:
     inputs: int
     whole_inputs: int
     """Inputs of all ranks together, of which this one has ``inputs``; 0 if each has all of them."""
+    pieces: tuple[int, ...] = ()
+    """Outputs of each part that may have a format of its own; empty: the same as ``parts``."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -48,7 +50,7 @@ class RankMatrix:
     def nbytes(self, formats: LayerFormats, dtype_bytes: int) -> int:
         """Return the bytes that the part takes in its format."""
         if forms := formats.parts_of(self.held):
-            pairs = zip(forms, self.parts, strict=True)
+            pairs = zip(forms, self.pieces or self.parts, strict=True)
             return sum(form.matrix_bytes(outputs, self.inputs, dtype_bytes) for form, outputs in pairs)
         form: WeightFormat = getattr(formats, self.held)
         return form.matrix_bytes(*self.shape, dtype_bytes, self.parts, self.whole_inputs)
@@ -91,7 +93,8 @@ def _split_inputs(
     """Return the inputs that ranks share out, what they are called, and the format of the matrix."""
     inputs, linear = facts.of_layer(layer).out_inputs, facts.linear
     if linear is not None and linear.layers[layer]:
-        inputs = linear.value_heads * linear.value_dim
+        # Where heads are tiled, a rank has some columns of each tile.
+        inputs = (linear.key_heads if linear.values_are_tiled else linear.value_heads) * linear.value_dim
     found = [("attention output", inputs, formats.out)]
     experts = facts.experts_of(layer)
     if experts is None:
@@ -137,15 +140,18 @@ def _attention_matrices(facts: ModelFacts, tp_size: int, layer: int) -> tuple[Ra
         value = linear.value_heads // linear.key_heads * linear.value_dim
         parts = (linear.key_dim,) * 2 * heads + (value,) * 2 * heads
         whole = linear.value_heads * linear.value_dim
-        return RankMatrix("qkv", parts, hidden, 0), RankMatrix("out", (hidden,), whole // tp_size, whole)
+        both = (2 * linear.key_dim + value) * heads, value * heads
+        return RankMatrix("qkv", parts, hidden, 0, both), RankMatrix("out", (hidden,), whole // tp_size, whole)
     if facts.latent is not None:
         return _latent_matrices(facts, facts.latent, tp_size)
     facts = facts.of_layer(layer)
     shard = head_shard(facts.num_q_heads, facts.num_kv_heads, 0, tp_size)
     q_size, kv_size = shard.num_q * facts.head_dim, shard.num_kv * facts.head_dim
     queries = (facts.head_dim,) * 2 * shard.num_q if facts.attention_gate else (q_size,)
+    keys = [kv_size] * len(facts.kv_parts)
+    pieces = (q_size, *keys, q_size) if facts.attention_gate else ()
     out = RankMatrix("out", (hidden,), q_size, facts.out_inputs)
-    return RankMatrix("qkv", (*queries, *[kv_size] * len(facts.kv_parts)), hidden, 0), out
+    return RankMatrix("qkv", (*queries, *keys), hidden, 0, pieces), out
 
 
 def _latent_matrices(facts: ModelFacts, latent: LatentFacts, tp_size: int) -> tuple[RankMatrix, ...]:

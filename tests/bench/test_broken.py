@@ -18,6 +18,9 @@ ALWAYS = {
     "fp8 blocks": ("model.layers.0.mlp.down_proj.weight_scale_inv with 3e38 at 0",),
     "gptq-4 in act-order": ("model.layers.0.mlp.down_proj.g_idx with group -1 at 0",),
     "GGUF Q4_0": ("token_embd.weight called Q8_0", "output_norm.weight called F16", "4096 bytes too many"),
+    "GGUF deepseek2": (f"deepseek2.rope.scaling.factor = {1 << 60}", "blk.0.attn_k_b.weight as [2, 128, 64]"),
+    "GGUF qwen35": ("qwen35.nextn_predict_layers = 3", "blk.0.ssm_conv1d.weight as [4, 256]"),
+    "GGUF gemma4": ("gemma4.attention.shared_kv_layers = 3",),
     "GGUF in two parts": ("split.count = 3", "the last file missing"),
 }  # fmt: skip
 """What was once received wrongly, or is the point of a format."""

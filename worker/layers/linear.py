@@ -7,6 +7,7 @@ A column-parallel layer followed by a row-parallel one needs a single all-reduce
 
 # T tokens, I inputs of this rank, O outputs of this rank
 
+import itertools
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,7 +39,7 @@ class Storage:
     layer: LayerFormats | None = None
     """The formats of the matrices of one layer, if the checkpoint is quantized."""
     parts: tuple[WeightFormat, ...] = ()
-    """The formats of stacked matrices if they differ: each is then held by itself."""
+    """The formats of stacked matrices if they differ: those of one format are then held by themselves."""
 
     def of_qkv(self) -> "Storage":
         return self._holding(self.layer.qkv, self.layer.qkv_parts) if self.layer else self
@@ -83,6 +84,8 @@ class Linear(Module):
         self._shape = (outputs, inputs)
         self._parts: tuple[int, ...] = (outputs,)
         """Outputs of each matrix, if several are stacked."""
+        self._piece_outputs: tuple[int, ...] = ()
+        """Outputs of each of ``pieces``."""
         self._form = form
         self.packed: Held | None = None
         self._formats = storage.parts
@@ -122,7 +125,8 @@ class Linear(Module):
         return self._multiply(x_TI, self.weight, bias_O)
 
     def _multiply_pieces(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
-        biases = [None] * len(self._parts) if bias_O is None else torch.split(bias_O, list(self._parts))
+        count = len(self.pieces)
+        biases = [None] * count if bias_O is None else torch.split(bias_O, list(self._piece_outputs))
         pairs = zip(self.pieces, biases, strict=True)
         return torch.cat([self._multiply_held(x_TI, piece, bias) for piece, bias in pairs], dim=1)
 
@@ -147,7 +151,7 @@ class Linear(Module):
     def init_dummy(self, generator: torch.Generator) -> None:
         """Draw a weight that keeps the scale of its input."""
         if self._formats:
-            pairs = zip(self._formats, self._parts, strict=True)
+            pairs = zip(self._formats, self._piece_outputs, strict=True)
             self.pieces = tuple(random_packed(form, (part,), self._shape[1], generator) for form, part in pairs)
         elif self._form.source:
             self.packed = random_packed(self._form, self._parts, self._shape[1], generator)
@@ -186,16 +190,26 @@ class RowSlice:
 class ColumnParallelLinear(Linear):
     """Compute this rank's outputs of several matrices over the same input, stacked in one weight."""
 
-    def __init__(self, inputs: int, slices: tuple[RowSlice, ...], bias: bool, storage: Storage) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        slices: tuple[RowSlice, ...],
+        bias: bool,
+        storage: Storage,
+        counts: tuple[int, ...] = (),
+    ) -> None:
+        """``counts``: how many slices each format of ``storage.parts`` is for; one each if it is empty."""
         super().__init__(inputs, sum(len(part.rows) for part in slices), bias, storage)
         self.slices = slices
         self._parts = tuple(len(part.rows) for part in slices)
+        self._pieces = _runs(slices, counts)
+        self._piece_outputs = tuple(sum(len(part.rows) for part in piece) for piece in self._pieces)
 
     def load(self, reader: WeightReader, prefix: str) -> None:
         """Read this rank's rows of each of the matrices."""
         if self._formats:
-            names = [(f"{prefix}.{part.name}.weight", part.rows) for part in self.slices]
-            self.pieces = tuple(reader.packed_rows([part]) for part in names)
+            names = [[(f"{prefix}.{part.name}.weight", part.rows) for part in piece] for piece in self._pieces]
+            self.pieces = tuple(map(reader.packed_rows, names))
         elif self._form.source:
             self.packed = reader.packed_rows([(f"{prefix}.{part.name}.weight", part.rows) for part in self.slices])
         else:
@@ -211,6 +225,12 @@ class ColumnParallelLinear(Linear):
             reader.fill_rows(weight_OI[first:end], f"{prefix}.{part.name}.weight", part.rows.start)
             first = end
         self._keep_read(weight_OI, reader)
+
+
+def _runs(slices: tuple[RowSlice, ...], counts: tuple[int, ...]) -> tuple[tuple[RowSlice, ...], ...]:
+    """Return so many neighbours each; one each if no counts are given."""
+    ends = list(itertools.accumulate(counts or (1,) * len(slices)))
+    return tuple(slices[first:end] for first, end in itertools.pairwise((0, *ends)))
 
 
 def qkv_slices(heads: HeadShard, head_dim: int) -> tuple[RowSlice, ...]:
@@ -236,8 +256,20 @@ def gated_slices(heads: HeadShard, head_dim: int) -> tuple[RowSlice, ...]:
 class RowParallelLinear(Linear):
     """Multiply this rank's inputs by its columns and sum over the ranks; the bias is added once, after the sum."""
 
-    def __init__(self, columns: range, outputs: int, bias: bool, group: TensorParallelGroup, storage: Storage) -> None:
-        super().__init__(len(columns), outputs, bias, storage.whole_blocks(columns))
+    def __init__(
+        self,
+        columns: range,
+        outputs: int,
+        bias: bool,
+        group: TensorParallelGroup,
+        storage: Storage,
+        places: tuple[range, ...] = (),
+    ) -> None:
+        """``places``: where these columns are in the file, if they do not follow one another there."""
+        self._places = places or (columns,)
+        for place in self._places:
+            storage = storage.whole_blocks(place)
+        super().__init__(len(columns), outputs, bias, storage)
         self.columns = columns
         self.group = group
 
@@ -259,10 +291,13 @@ class RowParallelLinear(Linear):
     def load(self, reader: WeightReader, name: str) -> None:
         """Read this rank's columns."""
         if self._form.source:
-            self.packed = reader.packed_columns(f"{name}.weight", self.columns)
+            self.packed = reader.packed_columns(f"{name}.weight", *self._places)
         else:
-            weight_OI = self._dense_weight()
-            reader.fill_columns(weight_OI, f"{name}.weight", self.columns.start)
+            weight_OI, first = self._dense_weight(), 0
+            for place in self._places:
+                end = first + len(place)
+                reader.fill_columns(weight_OI[:, first:end], f"{name}.weight", place.start)
+                first = end
             self._keep_read(weight_OI, reader)
         if self.bias is not None:
             reader.fill_rows(self.bias, f"{name}.bias")

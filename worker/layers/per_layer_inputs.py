@@ -39,7 +39,7 @@ class PerLayerInputs(Module):
     ) -> None:
         self._layers, self._size = facts.num_layers, per.size
         width = facts.num_layers * per.size
-        self.table = VocabParallel(per.vocab_size, width, group, storage.dtype, storage.device, part)
+        self.table = VocabParallel(per.vocab_size, width, group, storage.dtype, storage.device, part, per.form)
         self.projection = WholeLinear(facts.hidden_size, width, storage)
         self.norm = RMSNorm(per.size, facts.rms_norm_eps, storage.dtype, storage.device)
         self._scale = facts.hidden_size**-0.5

@@ -5,7 +5,7 @@ Layouts of blocks are those of ggml's ggml-common.h. B blocks of a row lie side 
 
 # N outputs, K inputs, B blocks of a row, S bytes of a block, G groups
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,22 +27,26 @@ class Blocks:
     supers: Tensor | None = None
 
 
-def unpack_blocks(parts: PackedParts, read: ReadBlock, rows: range, columns: range) -> PackedWeight:
-    """Return some outputs and inputs of a matrix, the inputs being whole blocks. CheckpointError."""
+def unpack_blocks(parts: PackedParts, read: ReadBlock, rows: range, columns: Sequence[range]) -> PackedWeight:
+    """Return some outputs and inputs of a matrix, the inputs being whole blocks. CheckpointError.
+
+    Inputs of several ranges lie side by side in what is returned.
+    """
     form, entry = parts.form, parts.values
     kind = form.source.removeprefix("GGUF ")
     elements, size = BLOCKS[kind]
-    assert columns.start % elements == columns.stop % elements == 0, "columns are whole blocks"
+    assert all(edge % elements == 0 for part in columns for edge in (part.start, part.stop)), "columns are whole blocks"
     wanted = range(parts.first_row + rows.start, parts.first_row + rows.stop)
-    raw = read(entry, wanted, range(columns.start // elements * size, columns.stop // elements * size))
-    found = _UNPACKERS[kind](raw.view(len(rows), -1, size))
+    octets = [range(part.start // elements * size, part.stop // elements * size) for part in columns]
+    raw = [read(entry, wanted, part).view(len(rows), -1, size) for part in octets]
+    found = _UNPACKERS[kind](raw[0] if len(raw) == 1 else torch.cat(raw, dim=1))
     _check(found, entry)
     codes_NK, held = found.codes.flatten(1), KIND_OF[form.quant]
     words, high = _words(codes_NK, form.quant)
     scales_NG = found.scales.flatten(1)
     offsets_NG = None if found.offsets is None else found.offsets.flatten(1)
     return PackedWeight(
-        held, words, scales_NG, len(columns), form.group, high=high, offsets=offsets_NG, supers=found.supers
+        held, words, scales_NG, sum(map(len, columns)), form.group, high=high, offsets=offsets_NG, supers=found.supers
     )
 
 

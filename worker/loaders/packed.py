@@ -31,6 +31,8 @@ class Piece:
     parts: PackedParts
     rows: range
     columns: range
+    more_columns: tuple[range, ...] = ()
+    """Further ranges of columns, whole blocks of a GGUF file."""
 
 
 def one_by_one(calls: Iterable[Callable[[], PackedWeight]]) -> Iterator[PackedWeight]:
@@ -71,7 +73,7 @@ def read_packed(
 
 def _read_blocks(pieces: Sequence[Piece], read: ReadBlock, in_order: InOrder, elements: int) -> PackedWeight:
     """Return a stack of parts of matrices of a GGUF file. Their columns are whole blocks."""
-    columns = pieces[0].columns
+    columns = pieces[0].columns, *pieces[0].more_columns
     chunks = [(piece, rows) for piece in pieces for rows in _chunks(piece, 1, elements)]
     calls = [partial(unpack_blocks, piece.parts, read, rows, columns) for piece, rows in chunks]
     return _stacked(in_order(calls), sum(len(piece.rows) for piece in pieces))

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from mgpu.protocol.checkpoint.gguf.families import INTERLEAVED
 from mgpu.protocol.checkpoint.read import Checkpoint, CheckpointError, TensorEntry
+from mgpu.protocol.model.facts import HYBRID
 from mgpu.worker.loaders.background import Background
 from mgpu.worker.loaders.block_formats import NUMBERS, BlockType, block_type
 from mgpu.worker.loaders.copiers import Progress, make_copier
@@ -51,8 +52,10 @@ class WeightReader:
     ) -> None:
         facts = checkpoint.facts
         is_gguf = checkpoint.source.format == "gguf"
-        self.norms_include_one = is_gguf and facts.architecture in ("gemma2", "gemma3")
-        """True where the file's Gemma norm weights already have the 1 added that the model adds."""
+        self.norms_include_one = is_gguf and facts.architecture in ("gemma2", "gemma3", *HYBRID)
+        """True where the file's norm weights already have the 1 added that the model adds."""
+        self.stores_rates = is_gguf
+        """True where rates of fading are stored as they are used, below zero, and not as logarithms."""
         # llama.cpp stores the q and k rows of llama-family models with the two rotary halves of a head interleaved, and
         # so does Llama 4 anywhere.
         is_interleaved = facts.architecture in INTERLEAVED if is_gguf else facts.architecture == "llama4"
@@ -104,19 +107,39 @@ class WeightReader:
         does not hold finite numbers, or when its file is too short.
         """
         entry = self._entry(name)
+        if entry.joined:
+            self._fill_joined(dest, entry, start)
+            return
+        self._fill_rows_of(dest, entry, start)
+        if _has_heads(name):
+            self._arrange_heads(dest)
+
+    def _fill_joined(self, dest: Tensor, entry: TensorEntry, start: int) -> None:
+        """Fill ``dest`` with the rows of the parts of a tensor that it covers."""
+        first, end = 0, start + len(dest)
+        for part in entry.joined:
+            rows = range(max(start, first), min(end, first + part.shape[0]))
+            if rows:
+                self._fill_rows_of(dest[rows.start - start : rows.stop - start], part, rows.start - first)
+            first += part.shape[0]
+        if end > first:
+            raise self._wrong_rows(dest, entry, start)
+
+    def _fill_rows_of(self, dest: Tensor, entry: TensorEntry, start: int) -> None:
         if dest.shape[1:] != entry.shape[1:] or not 0 <= start <= entry.shape[0] - len(dest):
-            raise CheckpointError(
-                f"tensor {name!r} has shape {list(entry.shape)}; rows {start} to {start + len(dest)} of width "
-                f"{list(dest.shape[1:])} were expected"
-            )
+            raise self._wrong_rows(dest, entry, start)
         if len(entry.shape) == 1 and entry.row_step > 1:
             self._fill(dest.unsqueeze(1), entry, first_row=start, first_column=0, row_width=1)
         elif len(entry.shape) == 1:  # read as columns of one row, so that the elements stay contiguous
             self._fill(dest.unsqueeze(0), entry, first_row=0, first_column=start, row_width=entry.shape[0])
         else:
             self._fill(dest, entry, first_row=start, first_column=0, row_width=entry.shape[1])
-        if _has_heads(name):
-            self._arrange_heads(dest)
+
+    def _wrong_rows(self, dest: Tensor, entry: TensorEntry, start: int) -> CheckpointError:
+        return CheckpointError(
+            f"tensor {entry.name!r} has shape {list(entry.shape)}; rows {start} to {start + len(dest)} of width "
+            f"{list(dest.shape[1:])} were expected"
+        )
 
     def in_background(self, calls: Iterable[Callable[[], T]]) -> Iterator[T]:
         """Call functions that read packed matrices, several at once for a GPU; return their results in order."""
@@ -131,7 +154,7 @@ class WeightReader:
 
     def packed_rows(self, parts: Sequence[tuple[str, range]]) -> PackedWeight:
         """Return some rows of each of several matrices of the same packed format, stacked. CheckpointError."""
-        pieces = [self._piece(name, rows, None) for name, rows in parts]
+        pieces = [piece for name, rows in parts for piece in self._row_pieces(name, rows)]
         is_reordered = any(_has_heads(name) for name, _ in parts) and self._reorders_heads
         stack = self._read_packed(pieces, is_reordered)
         first = 0
@@ -146,24 +169,31 @@ class WeightReader:
     def _reorders_heads(self) -> bool:
         return self._rotated_size > 0 or self._interleaved_head_dim > 0
 
-    def packed_columns(self, name: str, columns: range) -> PackedWeight:
-        """Return some columns of a packed matrix. CheckpointError."""
-        return self._read_packed([self._piece(name, None, columns)])
+    def packed_columns(self, name: str, *columns: range) -> PackedWeight:
+        """Return some columns of a packed matrix, side by side if they are several ranges. CheckpointError."""
+        entry = self._entry(name)
+        return self._read_packed([self._piece(entry, range(entry.shape[0]), columns)])
 
     def _read_packed(self, pieces: Sequence[Piece], keeps_rows: bool = False) -> PackedWeight:
         in_order = one_by_one if self._background.is_inside else self.in_background
         return read_packed(pieces, self._read_block, keeps_rows, in_order, self._device.type)
 
-    def _piece(self, name: str, rows: range | None, columns: range | None) -> Piece:
+    def _row_pieces(self, name: str, rows: range) -> list[Piece]:
+        """Return whole rows of a packed matrix: several pieces if they lie in several places."""
         entry = self._entry(name)
+        if not entry.joined:
+            return [self._piece(entry, rows, (range(entry.shape[1]),))]
+        assert rows == range(entry.shape[0]), "tensors of several places are read whole"
+        return [self._piece(part, range(part.shape[0]), (range(part.shape[1]),)) for part in entry.joined]
+
+    def _piece(self, entry: TensorEntry, rows: range, columns: tuple[range, ...]) -> Piece:
         assert entry.packed is not None, "only packed matrices are asked for"
-        rows, columns = rows or range(entry.shape[0]), columns or range(entry.shape[1])
-        if rows.stop > entry.shape[0] or columns.stop > entry.shape[1]:
+        if rows.stop > entry.shape[0] or columns[-1].stop > entry.shape[1]:
             raise CheckpointError(
-                f"tensor {name!r} has shape {list(entry.shape)}; rows to {rows.stop} and columns to {columns.stop} "
-                "were expected"
+                f"tensor {entry.name!r} has shape {list(entry.shape)}; rows to {rows.stop} and columns to "
+                f"{columns[-1].stop} were expected"
             )
-        return Piece(entry.packed, rows, columns)
+        return Piece(entry.packed, rows, columns[0], columns[1:])
 
     def _read_block(self, entry: TensorEntry, rows: range, columns: range) -> Tensor:
         """Read stored rows and columns of a part of a packed matrix, as they are. A vector counts as one row."""

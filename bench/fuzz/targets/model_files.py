@@ -4,6 +4,8 @@ import json
 import struct
 from collections.abc import Mapping, Sequence
 
+from bench.fuzz.targets.gguf_families import families
+
 CONFIGS: tuple[dict[str, object], ...] = tuple(
     {
         "architectures": [name], "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -71,6 +73,8 @@ def metadata_value(value: object) -> bytes:
         return struct.pack("<IIQ", 9, 4, 0)
     if isinstance(value[0], str):
         return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(string, value))
+    if isinstance(value[0], bool):
+        return struct.pack("<IIQ", 9, 7, len(value)) + bytes(value)
     code, kind = ("f", 6) if isinstance(value[0], float) else ("i", 5)
     return struct.pack("<IIQ", 9, kind, len(value)) + struct.pack(f"<{len(value)}{code}", *value)
 
@@ -155,11 +159,16 @@ def gguf_seeds() -> list[bytes]:
          "tokenizer.chat_template": "{{ x }}"},
     ]  # fmt: skip
     whole = [b"\0" + gguf(_FACTS | text, _TENSORS) for text in texts]
+    whole += [b"\0" + gguf(family.metadata, [*family.shapes.items()]) for family in families(4).values()]
     return [*whole, b"\0" + gguf({}, []), b"\6" + gguf({"a": [1, 2], "b": ["x"]}, [("t", (1, 2))])]
 
 
+_FAMILY_WORDS = sorted(
+    {word.encode() for each in families(4).values() for word in (*each.metadata, *each.shapes)}
+    | {name.encode() for name in families(4)}
+)
 GGUF_WORDS = (
-    b"GGUF", *(key.encode() for key in _FACTS), *(name.encode() for name, _ in _TENSORS),
+    b"GGUF", *(key.encode() for key in _FACTS), *(name.encode() for name, _ in _TENSORS), *_FAMILY_WORDS,
     b"general.alignment", b"split.count", b"tokenizer.ggml.tokens", b"tokenizer.ggml.merges", b"tokenizer.ggml.scores",
     b"tokenizer.ggml.token_type", b"tokenizer.ggml.model", b"gpt2", b"llama", b"gemma3", b"qwen2",
     b"tokenizer.ggml.pre", b"tokenizer.chat_template", b"rope_freqs.weight", b"output.weight", b"\x08\0\0\0",

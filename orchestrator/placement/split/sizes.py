@@ -39,7 +39,7 @@ def _share(facts: ModelFacts, name: str, elements: int, tp_size: int, split: Exp
     module, kind = name.split(".")[-2:]
     if ".linear_attn." in name:
         return elements if module == "norm" else elements // tp_size
-    if module == "kv_b_proj":
+    if module in ("kv_b_proj", "k_b_proj", "v_b_proj"):
         return elements // tp_size
     if facts.experts is not None and ".experts." in name and split == "parallel":
         return elements * largest_expert_shard(facts.experts, split, tp_size)[0] // facts.experts.count
@@ -83,10 +83,11 @@ def edge_bytes(
     needs_head = last and not (first and facts.tie_embeddings)
     per_layer = 0
     if first and (per := facts.per_layer) is not None:  # the table is split as the vocabulary is, the rest is whole
-        width = facts.num_layers * per.size
-        per_layer = width * (padded_vocab(per.vocab_size, tp_size) // tp_size + facts.hidden_size) + per.size
-    others = (facts.hidden_size if last else 0) + per_layer
-    return first * embedding + needs_head * head + others * dtype_bytes
+        width, held = facts.num_layers * per.size, padded_vocab(per.vocab_size, tp_size) // tp_size
+        dense = width * facts.hidden_size + per.size
+        per_layer = per.form.matrix_bytes(held, width, dtype_bytes) + dense * dtype_bytes
+    others = facts.hidden_size if last else 0
+    return first * embedding + needs_head * head + per_layer + others * dtype_bytes
 
 
 @cache

@@ -1,7 +1,7 @@
 """Name the tensors that a model must have, and where each one lies."""
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -48,6 +48,8 @@ class TensorEntry:
     """Columns of a row in the file, if it is transposed."""
     packed: "PackedParts | None" = None
     """The stored tensors of which this one consists, if it is packed. ``offset`` then means nothing."""
+    joined: "tuple[TensorEntry, ...]" = ()
+    """Tensors whose rows are this one's, one after the other, if its rows lie in several places of the file."""
 
 
 Packing = Literal["rows", "words", "gptq", "awq", "mxfp4", "gguf"]
@@ -91,6 +93,20 @@ def rows_of(entry: TensorEntry, first_row: int, rows: int) -> TensorEntry:
     row_bytes = entry.nbytes // math.prod(entry.shape[:-1])
     shape, offset = (rows, entry.shape[-1]), entry.offset + first_row * row_bytes
     return replace(entry, shape=shape, offset=offset, nbytes=rows * row_bytes)
+
+
+def join_rows(parts: Sequence[TensorEntry]) -> TensorEntry:
+    """Return a tensor that has the rows of others, one after the other. They have one type and one format."""
+    if len(parts) == 1:
+        return parts[0]
+    shape = sum(part.shape[0] for part in parts), *parts[0].shape[1:]
+    return replace(parts[0], shape=shape, nbytes=sum(part.nbytes for part in parts), joined=tuple(parts))
+
+
+def elements_of(entry: TensorEntry, order: Sequence[int]) -> TensorEntry:
+    """Return a vector with the elements of a stored one in another order."""
+    size = entry.nbytes // len(order)
+    return join_rows([replace(entry, shape=(1,), offset=entry.offset + at * size, nbytes=size) for at in order])
 
 
 def check_shape(entry: TensorEntry, expected: tuple[int, ...]) -> None:
@@ -176,9 +192,13 @@ def _latent_tensors(facts: ModelFacts, latent: LatentFacts, prefix: str) -> dict
     shapes: dict[str, tuple[int, ...]] = {
         prefix + "kv_a_proj_with_mqa.weight": (latent.width, hidden),
         prefix + "kv_a_layernorm.weight": (latent.rank,),
-        prefix + "kv_b_proj.weight": (heads * (latent.plain + latent.value_dim), latent.rank),
         prefix + "o_proj.weight": (hidden, facts.out_inputs),
     }
+    if latent.keys_apart:
+        shapes[prefix + "k_b_proj.weight"] = (heads * latent.rank, latent.plain)
+        shapes[prefix + "v_b_proj.weight"] = (heads * latent.value_dim, latent.rank)
+    else:
+        shapes[prefix + "kv_b_proj.weight"] = (heads * (latent.plain + latent.value_dim), latent.rank)
     if not latent.query_rank:
         return shapes | {prefix + "q_proj.weight": (heads * latent.head_dim, hidden)}
     return shapes | {

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 from mgpu.protocol.checkpoint.files.untrusted import Fields
 
+SIGMOID = 2
+"""The number of `expert_gating_func` for scores by a sigmoid; 1 is a softmax."""
+
 
 @dataclass(frozen=True, slots=True)
 class GgufFamily:
@@ -12,11 +15,11 @@ class GgufFamily:
 
     family: str
     is_gemma: bool = False
-    """Weights of norms include the 1 that is added, embeddings are scaled, and the gate is a tanh-GELU."""
+    """Embeddings are scaled, and the gate is a tanh-GELU."""
     period: int = 0
     """Every so manieth layer sees everything, if the file names a window; 0: windows are not read."""
     norms_weights: bool = True
-    """The weights of a token's experts are divided by their sum."""
+    """The weights of a token's experts are divided by their sum, if the file does not say."""
     theta: float = 1e4
 
 
@@ -26,6 +29,9 @@ ARCHITECTURES: dict[str, GgufFamily] = {
     "qwen3": GgufFamily("qwen3"),
     "gemma3": GgufFamily("gemma3", is_gemma=True, period=6, theta=1e6),
     "gemma2": GgufFamily("gemma2", is_gemma=True, period=2),
+    "gemma4": GgufFamily("gemma4", is_gemma=True, period=6, theta=1e6),
+    "mistral3": GgufFamily("ministral3"),
+    "mistral4": GgufFamily("mistral4"),
     "qwen2vl": GgufFamily("qwen2_5_vl", theta=1e6),
     "phi3": GgufFamily("phi3", period=1 << 20),
     "granite": GgufFamily("granite"),
@@ -33,12 +39,22 @@ ARCHITECTURES: dict[str, GgufFamily] = {
     "smollm3": GgufFamily("smollm3"),
     "qwen2moe": GgufFamily("qwen2_moe", norms_weights=False),
     "qwen3moe": GgufFamily("qwen3_moe"),
+    "qwen3next": GgufFamily("qwen3_next"),
+    "qwen35": GgufFamily("qwen3_5"),
+    "qwen35moe": GgufFamily("qwen3_5_moe"),
     "granitemoe": GgufFamily("granitemoe"),
     "gpt-oss": GgufFamily("gpt_oss", period=2, theta=1.5e5),
+    "deepseek2": GgufFamily("deepseek_v2", norms_weights=False),
+    "glm4moe": GgufFamily("glm4_moe", norms_weights=False),
+    "minimax-m2": GgufFamily("minimax_m2"),
+    "llama4": GgufFamily("llama4"),
 }  # fmt: skip
-"""By `general.architecture`. Files of llama with experts are Mixtral's, those of OLMo 2 with a window OLMo 3's."""
+"""By `general.architecture`. Files of llama with experts are Mixtral's, and those of OLMo 2 with a window OLMo 3's.
+DeepSeek 2 whose router has a sigmoid is DeepSeek 3."""
 
-INTERLEAVED = ("llama", "mistral", "mixtral", "granite", "granitemoe", "granitemoeshared", "smollm3")
+INTERLEAVED = (
+    "llama", "mistral", "mixtral", "granite", "granitemoe", "granitemoeshared", "smollm3", "ministral3", "llama4",
+)  # fmt: skip
 """Families of whose queries and keys GGUF files hold the two rotary halves of a head interleaved."""
 
 
@@ -51,4 +67,6 @@ def family_of(architecture: str, fields: Fields, tensors: Collection[str]) -> st
         return "olmo3"
     if family == "granitemoe" and "blk.0.ffn_up_shexp.weight" in tensors:
         return "granitemoeshared"
+    if family == "deepseek_v2" and fields.raw("expert_gating_func") == SIGMOID:
+        return "deepseek_v3"
     return family

@@ -10,8 +10,9 @@ from mgpu.protocol.checkpoint.gguf.facts import gguf_facts
 from mgpu.protocol.checkpoint.gguf.families import ARCHITECTURES
 from mgpu.protocol.checkpoint.gguf.names import stored_entries
 from mgpu.protocol.checkpoint.gguf.tokens import end_tokens
+from mgpu.protocol.checkpoint.huggingface.borrowed import without_ignored
 from mgpu.protocol.checkpoint.rope.gguf import Located
-from mgpu.protocol.checkpoint.tensor_layout.stacked import separate_tensors
+from mgpu.protocol.checkpoint.tensor_layout.stacked import taken_apart
 from mgpu.protocol.model.facts import ModelFacts
 
 _TOKENS = "tokenizer.ggml.tokens"
@@ -31,7 +32,7 @@ def read_gguf_checkpoint(path: Path) -> tuple[ModelFacts, dict[str, TensorEntry]
     tokenizer = Fields(str(path), header.metadata, "tokenizer.ggml.")
     tokens = next(iter(tokenizer.token_ids("bos_token_id")), None), end_tokens(tokenizer)
     facts = gguf_facts(path, architecture, header.metadata, located, *tokens)
-    return facts, separate_tensors(facts, stored_entries(facts, located))
+    return facts, taken_apart(facts, without_ignored(facts, stored_entries(facts, located)))
 
 
 def _all_tensors(path: Path, header: GgufHeader, others: list[Path]) -> Located:

@@ -12,12 +12,15 @@ from dataclasses import replace
 from mgpu.protocol.checkpoint.files.tensors import TensorEntry, check_shape, rows_of
 from mgpu.protocol.checkpoint.quantized.gguf import packed_entry
 from mgpu.protocol.checkpoint.rope.gguf import Located
-from mgpu.protocol.model.facts import ModelFacts
+from mgpu.protocol.model.facts import HYBRID, ModelFacts
 
 _TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
+    "per_layer_token_embd.weight": "model.embed_tokens_per_layer.weight",
+    "per_layer_model_proj.weight": "model.per_layer_model_projection.weight",
+    "per_layer_proj_norm.weight": "model.per_layer_projection_norm.weight",
 }
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -28,7 +31,14 @@ _LAYER_NAMES = {
     "attn_output": "self_attn.o_proj",
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
-    "attn_sinks": "self_attn.sinks",
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
+    "attn_k_b": "self_attn.k_b_proj",
+    "attn_v_b": "self_attn.v_b_proj",
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
@@ -41,10 +51,41 @@ _LAYER_NAMES = {
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-_PECULIAR = {
+_WHOLE_NAMES = {
+    "attn_sinks.weight": "self_attn.sinks",
+    "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
+    "ffn_gate_inp.scale": "router.scale",
+    "ffn_down_exps.scale": "router.per_expert_scale",
+    "layer_output_scale.weight": "layer_scalar",
+    "ssm_a": "linear_attn.A_log",
+    "ssm_dt.bias": "linear_attn.dt_bias",
+}
+"""Tensors that have no ending in mgpu."""
+_HYBRID = {
+    "attn_qkv": "linear_attn.in_proj_qkv",
+    "attn_gate": "linear_attn.in_proj_z",
+    "ssm_in": "linear_attn.in_proj_qkvz",
+    "ssm_ba": "linear_attn.in_proj_ba",
+    "ssm_beta": "linear_attn.in_proj_b",
+    "ssm_alpha": "linear_attn.in_proj_a",
+    "ssm_conv1d": "linear_attn.conv1d",
+    "ssm_norm": "linear_attn.norm",
+    "ssm_out": "linear_attn.out_proj",
+}
+_PECULIAR: dict[str, dict[str, str]] = {
     "gemma2": {"ffn_norm": "pre_feedforward_layernorm"},
     "gemma3": {"ffn_norm": "pre_feedforward_layernorm"},
+    "gemma4": {
+        "ffn_norm": "pre_feedforward_layernorm",
+        "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
+        "post_ffw_norm_1": "post_feedforward_layernorm_1",
+        "post_ffw_norm_2": "post_feedforward_layernorm_2",
+        "inp_gate": "per_layer_input_gate",
+        "proj": "per_layer_projection",
+        "post_norm": "post_per_layer_input_norm",
+    },
     "phi3": {"ffn_up": "mlp.gate_up_proj"},
+    **dict.fromkeys(HYBRID, _HYBRID),
 }
 _STACKS = {
     "ffn_gate_exps": ("gate_proj",), "ffn_up_exps": ("up_proj",), "ffn_down_exps": ("down_proj",),
@@ -60,12 +101,15 @@ def hugging_face_name(family: str, name: str) -> str | None:
         return _TOP_NAMES[name]
     if match := _ONE_EXPERT.fullmatch(name):
         return f"model.layers.{match[1]}.mlp.experts.{match[3]}.{match[2]}_proj.weight"
-    parts = name.split(".")
-    if len(parts) != 4 or parts[0] != "blk" or parts[3] not in ("weight", "bias"):
+    if not name.startswith("blk."):
         return None
+    _, layer, part = (*name.split(".", 2), "", "")[:3]
+    head = f"model.layers.{layer}."
+    if part in _WHOLE_NAMES:
+        return head + _WHOLE_NAMES[part]
     # An unknown part keeps its name, so that `check_tensors` refuses it instead of leaving it out.
-    part = (_LAYER_NAMES | _PECULIAR.get(family, {})).get(parts[2], parts[2])
-    return f"model.layers.{parts[1]}.{part}{'' if part.endswith('.sinks') else f'.{parts[3]}'}"
+    stem, dot, end = part.rpartition(".")
+    return head + (_LAYER_NAMES | _PECULIAR.get(family, {})).get(stem, stem) + dot + end
 
 
 def stored_entries(facts: ModelFacts, located: Located) -> dict[str, TensorEntry]:
@@ -74,19 +118,31 @@ def stored_entries(facts: ModelFacts, located: Located) -> dict[str, TensorEntry
     for file, tensor in located.values():
         entry = TensorEntry(tensor.name, tensor.dtype, tensor.shape, str(file), tensor.offset, tensor.nbytes)
         parts = tensor.name.split(".")
-        if len(parts) == 4 and parts[2] in _STACKS and facts.experts is not None:
+        is_stack = len(parts) == 4 and parts[2] in _STACKS and parts[3] in ("weight", "bias")
+        if is_stack and facts.experts is not None:
             found = list(_experts(facts, entry, f"model.layers.{parts[1]}.mlp.experts", parts[2], parts[3]))
         else:
             name = hugging_face_name(facts.architecture, tensor.name)
-            found = [] if name is None else [(name, _as_matrix(name, entry))]
+            found = [] if name is None else [(name, _as_matrix(facts, name, entry))]
         entries |= {name: replace(packed_entry(part), name=name) for name, part in found}
     return entries
 
 
-def _as_matrix(name: str, entry: TensorEntry) -> TensorEntry:
-    """Return the gate of the shared expert as a matrix of one row: converters drop that dimension."""
-    is_row = name.endswith("shared_expert_gate.weight") and len(entry.shape) == 1
-    return replace(entry, shape=(1, *entry.shape)) if is_row else entry
+def _as_matrix(facts: ModelFacts, name: str, entry: TensorEntry) -> TensorEntry:
+    """Return a tensor with the dimensions that it has in a model folder, or those of a matrix.
+
+    Converters drop dimensions of 1, and stack the projections of heads in latent attention.
+    """
+    if name.endswith("shared_expert_gate.weight") and len(entry.shape) == 1:
+        return replace(entry, shape=(1, *entry.shape))
+    if name.endswith("linear_attn.conv1d.weight") and len(entry.shape) == 2:
+        return replace(entry, shape=(entry.shape[0], 1, entry.shape[1]))
+    if name.endswith((".k_b_proj.weight", ".v_b_proj.weight")) and (latent := facts.latent) is not None:
+        is_of_keys = name.endswith(".k_b_proj.weight")
+        one = (latent.rank, latent.plain) if is_of_keys else (latent.value_dim, latent.rank)
+        check_shape(entry, (facts.num_q_heads, *one))
+        return rows_of(entry, 0, facts.num_q_heads * one[0])
+    return entry
 
 
 def _experts(

@@ -14,15 +14,22 @@ def cache_sources(fields: Fields, family: str, sliding: tuple[bool, ...]) -> tup
     """
     if family != "gemma4" or not (shared := fields.integer("num_kv_shared_layers", 0, low=0, high=Limit.LAYERS)):
         return ()
-    own = len(sliding) - shared
-    for kind in set(sliding):
-        if kind not in sliding[: max(0, own)]:
-            name = "sliding_attention" if kind else "full_attention"
-            raise fields.error(
-                "num_kv_shared_layers",
-                f"is {shared}: of {len(sliding)} layers {max(0, own)} have caches, none of them with {name}, which "
-                "later layers have",
-            )
+    if (sources := shared_sources(sliding, shared)) is not None:
+        return sources
+    own = max(0, len(sliding) - shared)
+    kind = next(kind for kind in set(sliding) if kind not in sliding[:own])
+    name = "sliding_attention" if kind else "full_attention"
+    raise fields.error(
+        "num_kv_shared_layers",
+        f"is {shared}: of {len(sliding)} layers {own} have caches, none of them with {name}, which later layers have",
+    )
+
+
+def shared_sources(sliding: tuple[bool, ...], shared: int) -> tuple[int, ...] | None:
+    """Return the layer whose cache each layer reads, if the last ``shared`` have none; None if a kind has none left."""
+    own = max(0, len(sliding) - shared)
+    if set(sliding[:own]) != set(sliding):
+        return None
     sources = {kind: max(at for at in range(own) if sliding[at] == kind) for kind in set(sliding)}
     return (*range(own), *(sources[sliding[at]] for at in range(own, len(sliding))))
 

@@ -29,6 +29,8 @@ def with_formats(facts: ModelFacts, tensors: Mapping[str, TensorEntry]) -> Model
 
     embedding = edge("model.embed_tokens.weight")
     head = embedding if facts.tie_embeddings else edge("lm_head.weight")
+    if (per := facts.per_layer) is not None:
+        facts = replace(facts, per_layer=replace(per, form=edge("model.embed_tokens_per_layer.weight")))
     return replace(facts, formats=layer_formats(facts, tensors), embedding_format=embedding, head_format=head)
 
 
@@ -40,9 +42,10 @@ def _formats(facts: ModelFacts, layer: int, tensors: Mapping[str, TensorEntry]) 
         return _parts([tensors.get(f"model.layers.{layer}.{module}_proj.weight") for module in modules])
 
     attention = _attention_formats(facts, layer, tensors)
+    head = f"model.layers.{layer}."
     is_stepwise = facts.latent is not None and facts.latent.query_rank > 0
     q_b = common("self_attn.q_b") if is_stepwise else DENSE
-    qkv_parts = parts("self_attn.q", *(f"self_attn.{part}" for part in facts.of_layer(layer).kv_parts))
+    qkv_parts = _parts([tensors[f"{head}{name}.weight"] for name in _attention_pieces(facts, layer)])
     experts = facts.experts_of(layer)
     if experts is None:
         gate_up_parts = parts("mlp.gate", "mlp.up")
@@ -56,6 +59,18 @@ def _formats(facts: ModelFacts, layer: int, tensors: Mapping[str, TensorEntry]) 
     shared = f"mlp.{experts.shared_name}"
     pair = common(f"{shared}gate", f"{shared}up"), common(f"{shared}down")
     return LayerFormats(*attention, *sparse, *pair, qkv_parts, q_b=q_b)
+
+
+def _attention_pieces(facts: ModelFacts, layer: int) -> list[str]:
+    """Return a tensor of each part of the input projection of attention that may have a format of its own."""
+    if facts.linear is not None and facts.linear.layers[layer]:
+        return ["linear_attn.query.0", "linear_attn.gate.0"]
+    if facts.latent is not None:
+        return ["self_attn.q_a_proj" if facts.latent.query_rank else "self_attn.q_proj", "self_attn.kv_a_proj_with_mqa"]
+    keys = [f"self_attn.{part}_proj" for part in facts.of_layer(layer).kv_parts]
+    if facts.attention_gate:
+        return ["self_attn.q_proj.0", *keys, "self_attn.q_gate.0"]
+    return ["self_attn.q_proj", *keys]
 
 
 def _attention_formats(

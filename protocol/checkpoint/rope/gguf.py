@@ -12,6 +12,7 @@ from mgpu.protocol.checkpoint.files.gguf_file import GgufTensor
 from mgpu.protocol.checkpoint.files.untrusted import CheckpointError, Fields, Limit
 from mgpu.protocol.checkpoint.rope.rules import linear_divisors, yarn_attention, yarn_divisors
 from mgpu.protocol.model.attention_facts import RopeScaling
+from mgpu.protocol.model.facts import LATENT
 
 ONE_SET, SHORT_SET, LONG_SET = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
 _KINDS = ("none", "linear", "yarn", "longrope")
@@ -19,14 +20,13 @@ Located = dict[str, tuple[Path, GgufTensor]]
 
 
 def read_gguf_rope(
-    fields: Fields, located: Located, theta: float, size: int, context: int, truncate: bool = True
+    fields: Fields, located: Located, family: str, theta: float, size: int
 ) -> tuple[RopeScaling | None, int]:
     """Return the scaling and the context of a model; ``size`` components of a head are rotated.
 
-    ``truncate``: yarn's range between fast and slow frequencies is widened to whole indexes.
-
     CheckpointError when it cannot be computed.
     """
+    context = fields.integer("context_length", 4096, high=Limit.POSITION)
     kind = fields.text("rope.scaling.type", "linear")
     if kind not in _KINDS:
         raise fields.error("rope.scaling.type", f"is {kind[:40]!r}; supported: {', '.join(_KINDS)}")
@@ -34,11 +34,11 @@ def read_gguf_rope(
     original = fields.integer("rope.scaling.original_context_length", context, high=Limit.POSITION)
     rule, attention = linear_divisors(factor, size), fields.number("rope.scaling.attn_factor", 1.0)
     if kind == "yarn":
-        rule, attention = (
-            _yarn(fields, factor, original, theta, size, truncate),
-            attention * _yarn_attention(fields, factor),
-        )
+        rule = _yarn(fields, factor, original, theta, size, truncate=family != "gpt_oss")
+        attention *= _yarn_attention(fields, family, factor)
         context = min(Limit.POSITION, max(context, round(original * factor)))
+    if fields.raw("attention.temperature_scale") and family not in LATENT:
+        context = min(context, original)  # past it, queries are scaled by their position
     stored, stored_long = _stored_sets(located, size)
     divisors, long_divisors = _product(rule, stored), _product(rule, stored_long) if stored_long else ()
     if not long_divisors and attention == 1.0 and all(divisor == 1.0 for divisor in divisors):
@@ -52,7 +52,10 @@ def _factor(fields: Fields) -> float:
     return 1.0 if fields.raw(key) == 0 else fields.number(key, 1.0)
 
 
-def _yarn(fields: Fields, factor: float, original: int, theta: float, size: int, truncate: bool) -> tuple[float, ...]:
+def _yarn(
+    fields: Fields, factor: float, original: int, theta: float, size: int, *, truncate: bool
+) -> tuple[float, ...]:
+    """Return yarn's divisors. ``truncate``: the range between fast and slow ones is widened to whole indexes."""
     if theta <= 1:
         raise fields.error("rope.freq_base", f"is {theta:g}; yarn needs more than 1")
     if fields.raw("rope.scaling.yarn_ext_factor") not in (None, 1.0, -1.0):
@@ -62,9 +65,12 @@ def _yarn(fields: Fields, factor: float, original: int, theta: float, size: int,
     return yarn_divisors(factor, original, theta, size, fast, slow, truncate)
 
 
-def _yarn_attention(fields: Fields, factor: float) -> float:
+def _yarn_attention(fields: Fields, family: str, factor: float) -> float:
+    """Return the factor on cos and sin. With latent attention the multiplier is for query-key products instead."""
     if fields.raw("rope.scaling.yarn_log_multiplier") in (None, 0):
         return yarn_attention(factor)
+    if family in LATENT:
+        return 1.0
     return yarn_attention(factor) / yarn_attention(factor, fields.number("rope.scaling.yarn_log_multiplier"))
 
 

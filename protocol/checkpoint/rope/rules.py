@@ -49,7 +49,7 @@ def yarn_divisors(
     divisors = []
     for index in range(size // 2):
         share_scaled = min(1.0, max(0.0, (index - first) / (last - first)))
-        divisors.append(1 / (share_scaled / factor + 1 - share_scaled))
+        divisors.append(1 / (share_scaled / factor + (1 - share_scaled)))
     return tuple(divisors)
 
 

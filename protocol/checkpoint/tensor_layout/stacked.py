@@ -57,10 +57,14 @@ def stored_name(architecture: str, name: str) -> str:
 
 def separate_tensors(facts: ModelFacts, stored: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
     """Return entries under mgpu's names, with stacks taken apart. CheckpointError for a stack of wrong shape."""
-    renamed = {_own_name(facts.architecture, name): entry for name, entry in stored.items()}
+    return taken_apart(facts, {_own_name(facts.architecture, name): entry for name, entry in stored.items()})
+
+
+def taken_apart(facts: ModelFacts, named: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """Return entries, which have mgpu's names, with stacks taken apart. CheckpointError for a stack of wrong shape."""
     tensors: dict[str, TensorEntry] = {}
-    for name, entry in renamed.items():
-        parts = _parts(facts, name, entry, renamed) if name.startswith(_LAYERS) else None
+    for name, entry in named.items():
+        parts = _parts(facts, name, entry, named) if name.startswith(_LAYERS) else None
         for part, piece in ({name: entry} if parts is None else parts).items():
             tensors[part] = replace(piece, name=part)
     return tensors

@@ -98,6 +98,10 @@ def bool_array(items: Sequence[bool]) -> GgufValue:
     return 9, struct.pack("<IQ", 7, len(items)) + bytes(items)
 
 
+def int_array(items: Sequence[int]) -> GgufValue:
+    return 9, struct.pack(f"<IQ{len(items)}i", 5, len(items), *items)
+
+
 def gguf_bytes(
     metadata: Mapping[str, GgufValue],
     tensors: Mapping[str, tuple[Sequence[int], int, bytes]],

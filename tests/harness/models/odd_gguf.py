@@ -222,10 +222,11 @@ def _expert_metadata(config: Any) -> dict[str, GgufValue]:
     return values
 
 
-def rounded(parts: Parts, kind: Kind) -> tuple[Parts, Parts]:
-    """Return the file with its matrices stored as ``kind``, and with the same numbers in F32."""
+def rounded(parts: Parts, kind_of: Kind | Callable[[str], Kind]) -> tuple[Parts, Parts]:
+    """Return the file with its matrices stored as one kind, or each as its own, and with the same numbers in F32."""
     packed, plain = dict(parts.tensors), dict(parts.tensors)
     for name, (shape, _, data) in parts.tensors.items():
+        kind = kind_of if isinstance(kind_of, Kind) else kind_of(name)
         block = gguf.GGML_QUANT_SIZES[kind][0]
         if len(shape) < 2 or shape[-1] % block or "ffn_gate_inp" in name or name.endswith("bias"):
             continue

@@ -28,7 +28,8 @@ def make_model(family: str, **changes: object) -> Any:
     config: Any = tiny_config(family)
     for key, value in changes.items():
         setattr(config, key, value)
-    model = hf.AutoModelForCausalLM.from_config(config, **EAGER).float().eval()
+    make = hf.Mistral4ForCausalLM._from_config if family == "mistral4" else hf.AutoModelForCausalLM.from_config
+    model = make(config, **EAGER).float().eval()
     for name, parameter in model.named_parameters():
         parameter.normal_(0.0, 0.3 if name.endswith(("norm.weight", "bias")) else 0.1)
         if name.endswith("norm.weight") and "gemma" not in family:

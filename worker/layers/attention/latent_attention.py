@@ -43,8 +43,7 @@ class LatentHeads(Module):
     """
 
     def __init__(self, latent: LatentFacts, heads: range, storage: Storage) -> None:
-        self._plain = latent.plain
-        self._first_row = heads.start * (latent.plain + latent.value_dim)
+        self._plain, self._keys_apart, self._first = latent.plain, latent.keys_apart, heads.start
         shape = len(heads), latent.plain + latent.value_dim, latent.rank
         self.weight = torch.empty(shape, dtype=storage.dtype, device=storage.device)
 
@@ -57,8 +56,17 @@ class LatentHeads(Module):
         weight_HCV = self.weight[:, self._plain :].transpose(1, 2)
         return torch.bmm(attended_THC.transpose(0, 1), weight_HCV).transpose(0, 1)
 
-    def load(self, reader: WeightReader, name: str) -> None:
-        reader.fill_rows(self.weight.flatten(0, 1), f"{name}.weight", self._first_row)
+    def load(self, reader: WeightReader, prefix: str) -> None:
+        if not self._keys_apart:
+            rows = self.weight.flatten(0, 1)
+            reader.fill_rows(rows, f"{prefix}.kv_b_proj.weight", self._first * self.weight.shape[1])
+            return
+        keys_HPC, values_HVC = self.weight[:, : self._plain], self.weight[:, self._plain :]
+        keys_HCP, read_HVC = torch.empty_like(keys_HPC.transpose(1, 2)).contiguous(), torch.empty_like(values_HVC)
+        for name, part in (("k_b_proj", keys_HCP), ("v_b_proj", read_HVC)):
+            reader.fill_rows(part.flatten(0, 1), f"{prefix}.{name}.weight", self._first * part.shape[1])
+        reader.after(lambda: keys_HPC.copy_(keys_HCP.transpose(1, 2)))
+        reader.after(lambda: values_HVC.copy_(read_HVC))
 
     def init_dummy(self, generator: torch.Generator) -> None:
         self.weight.normal_(0.0, self.weight.shape[-1] ** -0.5, generator=generator)
@@ -145,5 +153,5 @@ class LatentAttention(Module):
             self.q_norm.load(reader, f"{prefix}.q_a_layernorm")
             self.q_b.load(reader, prefix)
         self.kv_norm.load(reader, f"{prefix}.kv_a_layernorm")
-        self.heads.load(reader, f"{prefix}.kv_b_proj")
+        self.heads.load(reader, prefix)
         self.out.load(reader, f"{prefix}.o_proj")

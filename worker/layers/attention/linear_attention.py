@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mgpu.protocol.checkpoint.read import CheckpointError
 from mgpu.protocol.model.attention_facts import LinearFacts
 from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import key_head_range
@@ -56,6 +57,14 @@ class LinearConstants(Module):
         reader.fill_rows(self.norm, f"{prefix}.norm.weight")
         reader.fill_rows(self.bias_H, f"{prefix}.dt_bias", first_value)
         reader.fill_rows(self.log_rate_H, f"{prefix}.A_log", first_value)
+        if reader.stores_rates:
+            reader.after(lambda: self._take_logarithms(f"{prefix}.A_log"))
+
+    def _take_logarithms(self, name: str) -> None:
+        """Turn rates below zero into logarithms. CheckpointError for others."""
+        self.log_rate_H.neg_().log_()
+        if torch.isnan(self.log_rate_H).any():
+            raise CheckpointError(f"tensor {name!r} holds a rate above zero: the file is corrupt")
 
     def init_dummy(self, generator: torch.Generator) -> None:
         """Draw weights that keep the scale of their input, and rates from slow to fast."""
@@ -90,10 +99,15 @@ class LinearAttention(Module):
         else:
             dense = Storage(storage.dtype, storage.device)
             self.rates = ColumnParallelLinear(facts.hidden_size, narrow, False, dense)
-        self.project = ColumnParallelLinear(facts.hidden_size, slices, False, held)
+        counts = (3 * len(heads), len(heads)) if held.parts else ()  # gates are a tensor of their own in the file
+        self.project = ColumnParallelLinear(facts.hidden_size, slices, False, held, counts)
         self._has_kernels = uses_kernels(storage.device)
         columns = range(heads.start * value_rows, heads.stop * value_rows)
-        self.out = RowParallelLinear(columns, facts.hidden_size, False, group, storage.of_out())
+        self.tiles = shared if linear.values_are_tiled else 1
+        """Value heads of a key head, if the output projection takes the first ones of all key heads first."""
+        self.out = RowParallelLinear(
+            columns, facts.hidden_size, False, group, storage.of_out(), _tiled_columns(linear, heads)
+        )
 
     def __call__(self, x_TD: Activations, step: StepAttention, states: LayerStates) -> Delta:
         assert isinstance(x_TD, Tensor), "the norm before linear attention does not quantize"
@@ -104,14 +118,21 @@ class LinearAttention(Module):
         rates = rates[:, -2 * self.num_values :]
         if step.states is not None:
             inputs = RuleInputs(inputs_TC, rates, gate_THV)
-            return self.out.partial(self._by_kernels(inputs, step.states, states, row is not None).flatten(1))
+            return self._output(self._by_kernels(inputs, step.states, states, row is not None))
         assert step.rows is not None, "only kernels are captured"
         beta_TH, fading_TH = rates.chunk(2, dim=-1)
         fadings = beta_TH.float().sigmoid(), self.constants.log_fading(fading_TH)
         out_THV = self._plain(inputs_TC, *fadings, step.rows, states)
         normed_THV = F.rms_norm(out_THV, (self.value_dim,), self.constants.norm.float(), self.eps)
         gated_THV = normed_THV * F.silu(gate_THV.float())
-        return self.out.partial(gated_THV.flatten(1).to(x_TD.dtype))
+        return self._output(gated_THV.to(x_TD.dtype))
+
+    def _output(self, gated_THV: Tensor) -> Delta:
+        """Return the projection of all heads, which are brought into the order of its columns."""
+        if self.tiles > 1:
+            of_keys = gated_THV.view(len(gated_THV), self.num_keys, self.tiles, self.value_dim)
+            gated_THV = of_keys.transpose(1, 2)
+        return self.out.partial(gated_THV.flatten(1))
 
     def _single_row(self, x_TD: Tensor, step: StepAttention) -> StateRows | None:
         """Return the only row of a step, which decodes, if one kernel can project and convolve it."""
@@ -198,6 +219,15 @@ class LinearAttention(Module):
             self.rates.load(reader, prefix)
         self.constants.load(reader, prefix)
         self.out.load(reader, f"{prefix}.out_proj")
+
+
+def _tiled_columns(linear: LinearFacts, heads: range) -> tuple[range, ...]:
+    """Return the columns of a rank's heads in an output projection whose value heads are tiled; else none."""
+    if not linear.values_are_tiled:
+        return ()
+    size, shared = linear.value_dim, linear.value_heads // linear.key_heads
+    firsts = [each * linear.key_heads for each in range(shared)]
+    return tuple(range((first + heads.start) * size, (first + heads.stop) * size) for first in firsts)
 
 
 def _slices(heads: range, parts: tuple[tuple[str, int], ...]) -> tuple[RowSlice, ...]:

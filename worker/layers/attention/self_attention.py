@@ -58,7 +58,10 @@ class Attention(Module):
             slices = without_values(slices)
         self._value_eps = facts.rms_norm_eps if facts.value_norm else None
         self._normalize_values = _kernel_values() if uses_kernels(storage.device) else with_normalized_values
-        self.qkv = ColumnParallelLinear(facts.hidden_size, slices, facts.qkv_bias, storage.of_qkv())
+        held = storage.of_qkv()
+        is_apart = facts.attention_gate and held.parts  # queries and gates of all heads are one tensor in the file
+        counts = (heads.num_q, 1, 1, heads.num_q) if is_apart else ()
+        self.qkv = ColumnParallelLinear(facts.hidden_size, slices, facts.qkv_bias, held, counts)
         columns = range(heads.q_start * facts.head_dim, heads.q_stop * facts.head_dim)
         self.out = RowParallelLinear(columns, facts.hidden_size, facts.output_bias, group, storage.of_out())
         self.q_norm: RMSNorm | None = None

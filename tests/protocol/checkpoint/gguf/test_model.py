@@ -82,7 +82,7 @@ def test_gemma_norms_get_their_places(tmp_path: Path) -> None:
     assert {name: entry.shape for name, entry in checkpoint.tensors.items()} == expected_tensors(checkpoint.facts)
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "deepseek2", ""])
+@pytest.mark.parametrize("architecture", ["gpt2", "rwkv7", ""])
 def test_unsupported_architectures_list_the_supported_ones(tmp_path: Path, architecture: str) -> None:
     with pytest.raises(CheckpointError, match="llama, qwen2, qwen3, gemma3"):
         read(tmp_path, {"general.architecture": string(architecture)})
@@ -128,6 +128,13 @@ def test_tensors_that_no_family_here_has_are_noticed(tmp_path: Path) -> None:
     tensors = llama_gguf_tensors() | {"blk.0.ffn_gate_exps.weight": ((4, 64), 0, bytes(1024))}
     path.write_bytes(gguf_bytes(LLAMA_METADATA, tensors))
     with pytest.raises(CheckpointError, match="ffn_gate_exps"):
+        read_checkpoint(path)
+
+
+def test_a_scale_of_a_matrix_is_refused_since_nobody_would_apply_it(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(gguf_bytes(LLAMA_METADATA, llama_gguf_tensors() | {"blk.0.attn_q.scale": ((1,), 0, bytes(4))}))
+    with pytest.raises(CheckpointError, match=r"self_attn\.q_proj\.scale"):
         read_checkpoint(path)
 
 
