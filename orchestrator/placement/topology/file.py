@@ -25,7 +25,10 @@ MOST_BYTES = 1 << 16
 _DEEPEST = 8
 """Collections inside each other. PyYAML's time grows with the square of the depth."""
 _LONGEST_PATTERN = 2000
-_MOST_REPEATS = 4
+_MOST_REPEATS = 3
+"""With four, a name of 45 characters takes 10 ms, and a large model has a thousand names."""
+_CHOICES_PER_REPEAT = 5
+"""So many alternatives can take as long as a repeat."""
 _KEYS = ("device", "quant")
 _RANGE = re.compile(r"([0-9]{1,6})(?:\s*-\s*([0-9]{1,6}))?", re.ASCII)
 _DEVICE = re.compile(r"cuda\[[0-9]{1,4}\]|cpu(?:\[[0-9]{1,4}\])?", re.ASCII)
@@ -170,13 +173,20 @@ def _layers(text: str, where: str) -> tuple[int, int]:
 def _pattern(text: str, where: str) -> re.Pattern[str]:
     if len(text) < 3 or not text.endswith("/"):
         raise PlacementError(f"{where}: a regular expression stands between two slashes, such as /lm_head/")
-    # A repeated group with repeats inside can take longer than anyone waits.
-    if len(text) > _LONGEST_PATTERN or len(re.findall(r"[*+{]", text)) > _MOST_REPEATS or re.search(r"\)[*+{]", text):
+    if len(text) > _LONGEST_PATTERN or _may_take_long(text):
         raise PlacementError(
-            f"{where}: a regular expression may have {_LONGEST_PATTERN} characters and {_MOST_REPEATS} repeats, and "
-            "none of a group"
+            f"{where}: a regular expression may have {_LONGEST_PATTERN} characters and {_MOST_REPEATS} repeats (* + ? "
+            f"{{}}), none of a group; {_CHOICES_PER_REPEAT} alternatives (|) count as a repeat"
         )
     try:
         return re.compile(text[1:-1])
     except (re.error, OverflowError) as error:
         raise PlacementError(f"{where}: not a regular expression: {error}") from error
+
+
+def _may_take_long(pattern: str) -> bool:
+    """Return True for patterns with so many ways to match that a search can take longer than anyone waits."""
+    plain = re.sub(r"\\.", "x", pattern)
+    plain = re.sub(r"([*+?}])[?+]", r"\1", plain)  # lazy and possessive repeats
+    repeats = len(re.findall(r"(?<!\()[*+?{]", plain)) + -(-plain.count("|") // _CHOICES_PER_REPEAT)
+    return repeats > _MOST_REPEATS or re.search(r"\)[*+{]", plain) is not None

@@ -1,6 +1,7 @@
 """Topology files in every right and every wrong form."""
 
 import contextlib
+import re
 from pathlib import Path
 
 import pytest
@@ -80,12 +81,27 @@ def test_ranges_layers_and_patterns_are_read_in_order() -> None:
     ("//: {device: cpu}", ["between two slashes"]),
     ("/(/: {device: cpu}", ["not a regular expression"]),
     ("/(a+)+b/: {device: cpu}", ["none of a group"]),
-    ("/.*.*.*.*.*/: {device: cpu}", ["4 repeats"]),
+    ("/.*.*.*.*Q/: {device: cpu}", ["3 repeats"]),
+    (f"/{'.?' * 25}Q/: {{device: cpu}}", ["3 repeats"]),
+    (f"/{'(.|.)' * 25}Q/: {{device: cpu}}", ["5 alternatives"]),
     ("[" * 60_000, ["nested too deeply"]),
     ("\x01: {quant: 4}", ["not YAML"]),
 ])  # fmt: skip
 def test_what_is_wrong_is_named_with_the_way_out(text: str, parts: list[str]) -> None:
     assert_has_all(refusal(text), "t.yaml", *parts)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"layers\.[0-9]{1,2}\.(?:self_attn\.(q|k|v)|mlp\.(gate|up))_proj",
+        r"layers\.(2[4-9])\..*?down_proj",
+        r"(?i)\+\*\?\|+",
+    ],
+)
+def test_patterns_that_take_no_time_are_read(pattern: str) -> None:
+    (rule,) = parse_topology(f"'/{pattern}/': {{quant: 4}}", "t.yaml").rules
+    assert rule.pattern == re.compile(pattern)
 
 
 def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
