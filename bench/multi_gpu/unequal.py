@@ -2,6 +2,7 @@
 
     python -m bench.multi_gpu.unequal                        # GPU 1 works for another process and has half its memory
     python -m bench.multi_gpu.unequal --counts 16,20,24,28   # layers of GPU 0 that are tried beside the automatic map
+    python -m bench.multi_gpu.unequal --save FILE            # keep the rates
     python -m bench.multi_gpu.unequal --rehearse             # the same code with 2 CPU workers and a small model
 
 The other process multiplies matrices without a pause, so that its GPU is never idle. Rates are those of many streams:
@@ -22,9 +23,11 @@ from bench.model_shapes import SHAPES, SMALL_SHAPES, write_config
 from bench.multi_gpu.box import START_S, Box, find_box, plan_of, serving
 from mgpu import Client
 from mgpu.launch.bench.probe import Probe
+from mgpu.launch.bench.report import Report
 from mgpu.protocol.checkpoint.read import read_checkpoint
 
 NO_NCCL = {"MGPU_NO_NCCL": "1"}
+_SHOWN = "layers", "value", "value_low", "value_high"
 _BUSY = """
 import sys, torch
 taken, device = int(sys.argv[1]), torch.device("cuda", int(sys.argv[2]))
@@ -80,6 +83,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--taken-gib", type=float, default=70.0)
+    parser.add_argument("--save", type=Path)
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no other map is begun")
     arguments = parser.parse_args()
     began_s = time.monotonic()
@@ -97,6 +101,7 @@ def compare(box: Box, model: Path, arguments: argparse.Namespace, began_s: float
     """Measure the automatic map, then the others, then the automatic one again."""
     chosen = automatic_counts(box, model)
     layers = sum(chosen)
+    report = Report("unequal", "mgpu", _SHOWN, arguments.save, "triton", batch=arguments.batch, automatic=chosen)
     others = [int(count) for count in arguments.counts.split(",") if count] or [
         count for step in (2, -2, 4, -4, 7, -7) if 0 < (count := chosen[0] + step) < layers
     ]
@@ -108,14 +113,10 @@ def compare(box: Box, model: Path, arguments: argparse.Namespace, began_s: float
             print(f"{count}: left out, no time", flush=True)
             continue
         options = ("-n", f"0:{count};1:{layers - count}")
-        found.setdefault(count, []).extend(rates(box, model, options, arguments.batch, arguments.repeat))
-        numbers = found[count]
-        name = " (automatic)" if count == chosen[0] else ""
-        print(
-            f"{count} and {layers - count} layers{name}: {statistics.median(numbers):.0f} tokens/s "
-            f"({min(numbers):.0f} to {max(numbers):.0f})",
-            flush=True,
-        )
+        some = rates(box, model, options, arguments.batch, arguments.repeat)
+        report.add({"layers": f"{count} and {layers - count}", "unit": "tok/s", "value": round(statistics.median(some)),
+                    "value_low": round(min(some)), "value_high": round(max(some))})  # fmt: skip
+        found.setdefault(count, []).extend(some)
     medians = {count: statistics.median(numbers) for count, numbers in found.items()}
     best = max(medians, key=medians.__getitem__)
     share = medians[chosen[0]] / medians[best]
