@@ -76,36 +76,8 @@ def _sequence_decoder(kind: type, args: tuple[Any, ...]) -> Decoder:
             if isinstance(value, list) and all(map(item_type.__instancecheck__, value))
             else _refuse(value, f"list of {item_type.__name__}")
         )
-    columns = get_args(item_type) if kind is list and get_origin(item_type) is tuple else ()
-    if columns and _PLAIN.keys() >= set(columns):
-        return _table_decoder(columns)
     item_decoder = _decoder_of(item_type)
     return lambda value: kind(map(item_decoder, _list(value)))
-
-
-_PLAIN: dict[Any, set[type]] = {int: {int, bool}, float: {int, bool, float}, str: {str}, bytes: {bytes}}
-"""Types of columns, and what may stand for them."""
-
-
-def _table_decoder(columns: tuple[Any, ...]) -> Decoder:
-    """Decode a list of tuples column by column: a client may send a thousand biases for each of 128 choices."""
-
-    def decode(value: object) -> object:
-        rows = _list(value)
-        if not set(map(type, rows)) <= {list}:
-            _refuse(value, "list of lists")
-        found = list(zip(*rows, strict=True))
-        if rows and len(found) != len(columns):
-            raise CodecError(f"expected {len(columns)} columns, got {len(found)}")
-        for column, kind in zip(found, columns, strict=False):
-            if not set(map(type, column)) <= _PLAIN[kind]:
-                _refuse(column, f"column of {kind.__name__}")
-        converted = [
-            map(float, column) if kind is float else column for column, kind in zip(found, columns, strict=False)
-        ]
-        return list(zip(*converted, strict=True))
-
-    return decode
 
 
 def _list(value: object) -> list[object]:

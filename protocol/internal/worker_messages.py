@@ -7,6 +7,8 @@ how much memory is left (`Loaded`), receives the size of the KV pool (`AllocateC
 Every message carries the epoch of the worker group; messages of another epoch are ignored.
 """
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mgpu.protocol.internal.codec import Codec
@@ -142,6 +144,24 @@ class RowGrammar:
     """Can be chosen where the text is complete, and nowhere else. At least one."""
 
 
+@dataclass(frozen=True, slots=True)
+class LogitBias:
+    """What is added to the logits of some tokens. Packed: a client may send a thousand for each of 128 choices."""
+
+    token_ids: bytes
+    """Little-endian int32."""
+    values: bytes
+    """As many little-endian float32."""
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[int, float]]) -> "LogitBias | None":
+        """Pack pairs of token id and value; None if there are none."""
+        if not pairs:
+            return None
+        token_ids, values = zip(*pairs, strict=True)
+        return cls(array("i", token_ids).tobytes(), array("f", values).tobytes())
+
+
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: dividing by them would overflow."""
 
@@ -159,7 +179,7 @@ class RowSampling:
     frequency_penalty: float = 0.0
     seed: int = 0
     """64 bits; with the position of the token it determines the randomness."""
-    logit_bias: list[tuple[int, float]] | None = None
+    logit_bias: LogitBias | None = None
     num_logprobs: int = -1
     """-1: none; 0: of the chosen token; N: of the N likeliest too."""
     banned_until: int = 0
@@ -180,7 +200,7 @@ class RowSampling:
     @property
     def has_rules(self) -> bool:
         """True if logits may be changed before a token is chosen."""
-        return bool(self.logit_bias) or bool(self.banned_ids) or self.has_penalties
+        return self.logit_bias is not None or bool(self.banned_ids) or self.has_penalties
 
     @property
     def has_filters(self) -> bool:

@@ -5,7 +5,7 @@
 import torch
 from torch import Tensor
 
-from mgpu.protocol.internal.worker_messages import RowSampling
+from mgpu.protocol.internal.worker_messages import LogitBias, RowSampling
 
 
 def apply_rules(logits_V: Tensor, first_id: int, sampling: RowSampling, tokens_L: Tensor, prompt_len: int) -> None:
@@ -13,7 +13,7 @@ def apply_rules(logits_V: Tensor, first_id: int, sampling: RowSampling, tokens_L
 
     ``tokens_L`` are all tokens before the one to choose, so its length is the position of that one.
     """
-    if sampling.logit_bias:
+    if sampling.logit_bias is not None:
         _add_bias(logits_V, first_id, sampling.logit_bias)
     if sampling.has_penalties:
         _penalize(logits_V, first_id, sampling, tokens_L, prompt_len)
@@ -22,14 +22,12 @@ def apply_rules(logits_V: Tensor, first_id: int, sampling: RowSampling, tokens_L
         logits_V[torch.tensor(banned, dtype=torch.int64, device=logits_V.device)] = -torch.inf
 
 
-def _add_bias(logits_V: Tensor, first_id: int, bias: list[tuple[int, float]]) -> None:
+def _add_bias(logits_V: Tensor, first_id: int, bias: LogitBias) -> None:
     """Add to all biased logits of this slice at once; an id that is named twice gets the sum."""
-    sums: dict[int, float] = {}
-    for id_, value in bias:
-        if first_id <= id_ < first_id + len(logits_V):
-            sums[id_ - first_id] = sums.get(id_ - first_id, 0.0) + value
-    ids_N = torch.tensor(list(sums), dtype=torch.int64, device=logits_V.device)
-    logits_V[ids_N] += torch.tensor(list(sums.values()), dtype=logits_V.dtype, device=logits_V.device)
+    local_N = torch.frombuffer(bytearray(bias.token_ids), dtype=torch.int32).long() - first_id
+    values_N = torch.frombuffer(bytearray(bias.values), dtype=torch.float32)
+    here_N = (local_N >= 0) & (local_N < len(logits_V))
+    logits_V.index_add_(0, local_N[here_N].to(logits_V.device), values_N[here_N].to(logits_V.device))
 
 
 def _penalize(logits_V: Tensor, first_id: int, sampling: RowSampling, tokens_L: Tensor, prompt_len: int) -> None:

@@ -16,7 +16,7 @@ from mgpu.protocol.front.server_messages import Accepted
 from mgpu.protocol.internal.admission_rule import AdmissionRule
 from mgpu.protocol.internal.counted import counted
 from mgpu.protocol.internal.gateway_messages import EngineInfo, GatewaySpec, Submit
-from mgpu.protocol.internal.worker_messages import GREEDY_BELOW, RowGrammar, RowSampling
+from mgpu.protocol.internal.worker_messages import GREEDY_BELOW, LogitBias, RowGrammar, RowSampling
 
 
 @dataclass(slots=True)
@@ -139,6 +139,7 @@ def admit(
             f"{_needs_grammar(request)} needs a token that ends the answer, and this model has none; "
             "give stop_token_ids",
         )
+    bias = LogitBias.of(request.logit_bias)
     accepted = Accepted(request.id, model.spec.model_name, len(ids), max_tokens, seed)
     return accepted, [
         Submit(
@@ -146,7 +147,7 @@ def admit(
             token_ids=prompt + emitted,
             max_tokens=max_tokens,
             stop_token_ids=stop_ids,
-            sampling=_sampling(request, len(ids), stop_ids, seed_of_choice(seed, index), grammar),
+            sampling=_sampling(request, len(ids), stop_ids, seed_of_choice(seed, index), grammar, bias),
             cache_salt=request.cache_salt.encode(),
             priority=request.priority,
             account=[number for number, _ in share],
@@ -207,7 +208,9 @@ def _needs_grammar(request: Generate) -> str:
     return "thinking_token_budget" if request.structured_outputs is None else "structured_outputs"
 
 
-def _sampling(request: Generate, prompt_tokens: int, stop_ids: list[int], seed: int, grammar: str) -> RowSampling:
+def _sampling(
+    request: Generate, prompt_tokens: int, stop_ids: list[int], seed: int, grammar: str, bias: LogitBias | None
+) -> RowSampling:
     forbids = request.min_tokens > 0 and bool(stop_ids)
     return RowSampling(
         temperature=request.temperature if request.temperature >= GREEDY_BELOW else 0.0,
@@ -218,7 +221,7 @@ def _sampling(request: Generate, prompt_tokens: int, stop_ids: list[int], seed: 
         presence_penalty=request.presence_penalty,
         frequency_penalty=request.frequency_penalty,
         seed=seed,
-        logit_bias=list(request.logit_bias) or None,
+        logit_bias=bias,
         num_logprobs=-1 if request.logprobs is None else request.logprobs,
         banned_until=prompt_tokens + request.min_tokens if forbids else 0,
         banned_ids=stop_ids if forbids else None,

@@ -12,7 +12,7 @@ from mgpu.orchestrator.gateway.requests.outgoing import Outgoing
 from mgpu.orchestrator.gateway.requests.quota import account_number, size_of
 from mgpu.orchestrator.gateway.requests.request import Choice, Request
 from mgpu.orchestrator.gateway.requests.request_times import RequestTimes
-from mgpu.orchestrator.gateway.requests.resume_context import pack_context
+from mgpu.orchestrator.gateway.requests.resume_context import pack_context, without_input
 from mgpu.orchestrator.gateway.requests.table import RequestTable
 from mgpu.orchestrator.gateway.text.detokenizer import Detokenizer
 from mgpu.protocol.chat.formats import ChatFormat
@@ -116,6 +116,7 @@ class RequestHandler:
         else:
             for submit in submits:
                 self._outgoing.to_engine(submit)
+        request.spec = without_input(request.spec)
         self._outgoing.to_client(request.connection, accepted)
 
     def _share_of(self, request: Request) -> list[tuple[int, float]]:

@@ -30,9 +30,14 @@ class Context:
 CONTEXT_CODEC = Codec(Context)
 
 
+def without_input(spec: Generate) -> Generate:
+    """Return a request without what only its admission needs, and what may be a megabyte."""
+    spec = replace(spec, prompt=None, prompt_ids=None, messages=None, logit_bias=(), tools=None, documents=None)
+    return replace(spec, template_options=None, emitted_ids=None, structured_outputs=None)
+
+
 def pack_context(request: Request, accepted: Accepted) -> bytes:
-    spec = replace(request.spec, prompt=None, prompt_ids=None, messages=None, logit_bias=(), session=None)
-    spec = replace(spec, tools=None, documents=None, template_options=None, emitted_ids=None, structured_outputs=None)
+    spec = replace(without_input(request.spec), session=None)
     return CONTEXT_CODEC.encode(
         Context(spec, accepted, request.deadline_s, request.identity, request.client, request.size)
     )

@@ -12,6 +12,7 @@ from mgpu import Client, DeadlineExceeded, RequestFailed
 from mgpu.protocol.front.fields import int32_array
 from mgpu.protocol.front.seeds import seed_of_choice
 from mgpu.protocol.internal.gateway_messages import REFUSALS, EngineInfo, Outputs, WakeUp
+from mgpu.protocol.internal.worker_messages import LogitBias
 
 
 def test_ids_are_continued_and_come_back_as_text(client: Client) -> None:
@@ -189,7 +190,7 @@ def test_sampling_reaches_the_engine_unchanged(gateway: GatewayProcess, client: 
     sampling = submit.sampling
     assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p) == (0.5, 0, 0.9, 0.1)
     assert (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (1.1, -1.0, 2.0)
-    assert (sampling.seed, sampling.logit_bias) == (2**64 - 1, [(7, -100.0), (8, 1.5)])
+    assert (sampling.seed, sampling.logit_bias) == (2**64 - 1, LogitBias.of([(7, -100.0), (8, 1.5)]))
     assert (submit.priority, submit.cache_salt, submit.stop_token_ids) == (-3, b"tenant", [EOS])
 
 

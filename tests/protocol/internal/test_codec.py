@@ -6,6 +6,7 @@ import msgpack
 import pytest
 
 from mgpu.protocol.internal.codec import Codec, CodecError
+from mgpu.protocol.internal.worker_messages import LogitBias, RowSampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,3 +97,12 @@ NO_TABLES = [
 def test_what_is_no_table_is_refused(rows: object) -> None:
     with pytest.raises(CodecError):
         TABLE.decode(msgpack.packb([0, rows, None]))
+
+
+def test_a_thousand_biases_are_decoded_as_two_fields_of_bytes() -> None:
+    """Not as a tuple and two numbers each: a request may have 128 choices, and a client many requests."""
+    codec = Codec(RowSampling)
+    bias = LogitBias.of([(token_id, -0.5) for token_id in range(1024)])
+    found = codec.decode(codec.encode(RowSampling(logit_bias=bias))).logit_bias
+    assert found == bias
+    assert (type(found.token_ids), len(found.token_ids), len(found.values)) == (bytes, 4096, 4096)

@@ -10,7 +10,7 @@ pytest.importorskip("llguidance")
 
 from harness.answers.grammar_rows import CPU, EOS, PADDED, TOKENS, allowed, answers, of, states_of
 from harness.ranks.rank_threads import run_ranks
-from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
+from mgpu.protocol.internal.worker_messages import LogitBias, NewRow, RowSampling, StepPlan
 from mgpu.worker.errors import BadPlan
 from mgpu.worker.sampling import grammar_masks, grammar_state
 from mgpu.worker.sampling.grammar_masks import MaskMaker
@@ -32,7 +32,7 @@ MIXED = [
     of('"x" ("y" | "z")', temperature=1.0, seed=7),
     of('%json {"type": "boolean"}', temperature=0.7, top_p=0.9, seed=3, num_logprobs=1),
     RowSampling(temperature=1.0, top_k=5, seed=9),
-    of("/[a-c]+d/", repetition_penalty=1.3, logit_bias=[(ord("d"), 5.0)]),
+    of("/[a-c]+d/", repetition_penalty=1.3, logit_bias=LogitBias.of([(ord("d"), 5.0)])),
 ]
 
 
@@ -77,7 +77,7 @@ def test_a_token_after_the_end_is_no_failure() -> None:
 
 def test_any_stop_token_ends_a_complete_text_and_none_an_incomplete_one() -> None:
     newline = TOKENS.index(b"\n")  # the grammar means its text, but it was asked for as a stop token
-    tokens, _ = answers([of("/[a\\n]{2,3}/", (newline,), logit_bias=[(newline, 90.0)])], 3)
+    tokens, _ = answers([of("/[a\\n]{2,3}/", (newline,), logit_bias=LogitBias.of([(newline, 90.0)]))], 3)
     assert text_of(tokens[0]) == b"aa\n"
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from harness.ranks.rank_threads import ThreadGroup, run_ranks
-from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
+from mgpu.protocol.internal.worker_messages import LogitBias, NewRow, RowSampling, StepPlan
 from mgpu.worker.ranks.collectives import SingleRank
 from mgpu.worker.sampling import sampler
 from mgpu.worker.sampling.noise import gumbel, row_keys, token_factors
@@ -135,7 +135,7 @@ RULED = [
     RowSampling(temperature=1.0, seed=3, top_p=0.7, num_logprobs=3),
     RowSampling(temperature=1.0, seed=3, min_p=0.2, repetition_penalty=1.4),
     RowSampling(num_logprobs=2, presence_penalty=0.5, frequency_penalty=0.3),
-    RowSampling(logit_bias=[(4, 9.0), (45, 9.5)]),
+    RowSampling(logit_bias=LogitBias.of([(4, 9.0), (45, 9.5)])),
     RowSampling(temperature=0.5, seed=9, banned_until=99, banned_ids=[0, 30, 59]),
 ]
 
@@ -268,10 +268,10 @@ def test_tiny_temperatures_are_greedy(temperature: float) -> None:
 def test_logit_bias_is_added() -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, 10] = 5.0
-    assert ids_of(logits, [RowSampling(logit_bias=[(50, 4.9)])], ranks=2) == [10]
-    assert ids_of(logits, [RowSampling(logit_bias=[(50, 5.1)])], ranks=2) == [50]
-    assert ids_of(logits, [RowSampling(logit_bias=[(10, -math.inf), (3, 1.0)])], ranks=2) == [3]
-    assert ids_of(logits, [RowSampling(logit_bias=[(50, 2.5), (3, 4.9), (50, 2.6)])], ranks=2) == [50]
+    assert ids_of(logits, [RowSampling(logit_bias=LogitBias.of([(50, 4.9)]))], ranks=2) == [10]
+    assert ids_of(logits, [RowSampling(logit_bias=LogitBias.of([(50, 5.1)]))], ranks=2) == [50]
+    assert ids_of(logits, [RowSampling(logit_bias=LogitBias.of([(10, -math.inf), (3, 1.0)]))], ranks=2) == [3]
+    assert ids_of(logits, [RowSampling(logit_bias=LogitBias.of([(50, 2.5), (3, 4.9), (50, 2.6)]))], ranks=2) == [50]
 
 
 def test_repetition_penalty_counts_the_prompt_and_shrinks_either_sign() -> None:
@@ -311,7 +311,7 @@ def test_banned_ids_return_at_their_position(ranks: int) -> None:
 def test_logprobs_are_of_the_raw_distribution(ranks: int) -> None:
     logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(3))
     sampling = [
-        RowSampling(temperature=0.5, seed=1, num_logprobs=4, logit_bias=[(20, 50.0)]),
+        RowSampling(temperature=0.5, seed=1, num_logprobs=4, logit_bias=LogitBias.of([(20, 50.0)])),
         RowSampling(),
         RowSampling(num_logprobs=0),
     ]
@@ -342,12 +342,12 @@ def test_padding_of_the_vocabulary_is_never_chosen() -> None:
 @pytest.mark.parametrize("others", [{}, {"top_k": 5, "temperature": 1.0}])
 def test_rules_that_raise_end_their_row_only(monkeypatch: pytest.MonkeyPatch, others: dict[str, float]) -> None:
     def raise_for_a_bias_of_9(logits_V: Tensor, first_id: int, row: RowSampling, *rest: object) -> None:
-        if row.logit_bias == [(1, 9.0)]:
+        if row.logit_bias == LogitBias.of([(1, 9.0)]):
             raise IndexError("index 1 is out of bounds")
         apply_rules(logits_V, first_id, row, *rest)  # type: ignore[arg-type]
 
-    good = RowSampling(logit_bias=[(7, 90.0)], **others)  # type: ignore[arg-type]
-    bad = RowSampling(logit_bias=[(1, 9.0)])
+    good = RowSampling(logit_bias=LogitBias.of([(7, 90.0)]), **others)  # type: ignore[arg-type]
+    bad = RowSampling(logit_bias=LogitBias.of([(1, 9.0)]))
     monkeypatch.setattr(sampler, "apply_rules", raise_for_a_bias_of_9)
     sampled = choose(torch.zeros(4, VOCAB), [good, bad, good, bad])
     assert sampled.ids_S[[0, 2]].tolist() == [7, 7]

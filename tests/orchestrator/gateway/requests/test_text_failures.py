@@ -125,3 +125,12 @@ def test_a_request_that_fails_while_it_is_submitted_is_not_waited_for(monkeypatc
         requests.admit(Request(A, spec, 0.0, None), spec.prompt_ids)
     assert len(gateway.table) == 0
     assert len(gateway.cancelled) == 2
+
+
+def test_the_input_of_a_request_that_was_submitted_is_not_kept() -> None:
+    gateway = ResumingGateway()
+    prompt = int32_bytes([1, 2])
+    spec = Generate(1, prompt_ids=prompt, logit_bias=((1, 0.5),), session="s", max_tokens=3, n=2, stream=True)
+    cast("Any", gateway.resumptions)._requests.admit(request := Request(A, spec, 0.0, None), prompt)
+    assert (request.spec.prompt_ids, request.spec.logit_bias) == (None, ())
+    assert (request.spec.session, request.spec.n, request.spec.stream) == ("s", 2, True)
