@@ -5,16 +5,14 @@ reason of its own, such as the first of a size, for which kernels are compiled, 
 sizes is interpolated. Steps that only decode are kept apart from those that also compute prompts: a token of a prompt
 may cost much less than one that is decoded, because nothing has to be chosen after it.
 
-Example: steps of 8 tokens take 20 ms, and steps of 40 take 60 ms. Beside 8 tokens there is room for 8 more, because a
-step of 16 is expected to take 30 ms, half as long again.
+Example: steps of 8 tokens take 20 ms, and steps of 40 take 60 ms. Beside 8 tokens there is room for 8 more, if a step
+may take half as long again: one of 16 is expected to take 30 ms.
 """
 
 import statistics
 from collections import deque
 from itertools import pairwise
 
-SLOWER, SLOWER_BY_PROMPTS = 3 / 2, 4 / 3
-"""How much longer a step may take for what another owner decodes, and for its prompts."""
 LAST_STEPS = 9
 """Of each size, whose median counts."""
 LEAST_STEPS = 3
@@ -34,21 +32,21 @@ class StepCosts:
         """Learn from a step that is done."""
         (self._with_prompts if has_prompt else self._decoding).note(num_tokens, seconds)
 
-    def room_beside(self, num_tokens: int) -> int:
-        """Return how many tokens may be decoded beside so many in a step that takes `SLOWER` times as long.
+    def room_beside(self, num_tokens: int, slower: float) -> int:
+        """Return how many tokens may be decoded beside so many in a step that takes ``slower`` times as long.
 
         At least one. Where nothing larger was measured, time grows with tokens. Where the largest that was measured is
         quick enough, twice as many are tried.
         """
-        return _room(self._decoding.points(), num_tokens, SLOWER)
+        return _room(self._decoding.points(), num_tokens, slower)
 
-    def prompt_room_beside(self, num_tokens: int) -> int:
-        """Return how many tokens of prompts may be computed beside so many that are decoded, by `SLOWER_BY_PROMPTS`."""
+    def prompt_room_beside(self, num_tokens: int, slower: float) -> int:
+        """Return how many tokens of prompts may be computed beside so many that are decoded, in such a step."""
         decoding = self._decoding.points()
         larger = [each for each in self._with_prompts.points() if each[0] > num_tokens]
         if not larger or not decoding:
-            return _room(decoding or larger, num_tokens, SLOWER_BY_PROMPTS)
-        return _room([(float(num_tokens), _time_at(decoding, num_tokens)), *larger], num_tokens, SLOWER_BY_PROMPTS)
+            return _room(decoding or larger, num_tokens, slower)
+        return _room([(float(num_tokens), _time_at(decoding, num_tokens)), *larger], num_tokens, slower)
 
 
 class _Usual:

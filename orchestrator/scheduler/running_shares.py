@@ -1,38 +1,50 @@
 """How much an owner may run beside others, so that nobody's streams become much slower by it.
 
-Owners are the first numbers of accounts (fair_queue.py). While sequences of several owners run,
+Owners are the first numbers of accounts (fair_queue.py). An owner has few sequences if those that run and those in line
+are at most `FEW`. While sequences of several owners run,
 
-- an owner may decode so many tokens in a step that it takes half as long again as with those of the others alone
+- an owner may decode so many tokens in a step that it takes `SLOWER` times as long as with those of the others alone
   (`room_beside`, measured in engine/step_costs.py), and at least as many as the smallest of the others. If its running
   sequences fill that room, it is held: its next sequences wait in line, in nobody's way.
-- an owner beside others that decode has its prompts computed in portions, so that a step takes a third longer than
-  without them. What is not used in one step is kept for some steps, so that a short prompt is computed at once.
-- an owner with at most `FEW` sequences, those in line included, has twice the room for prompts, at least
-  `SMALL_PROMPTS` tokens, and may decode as long as a step has at most `SMALL_STEP`. Else two short requests would hold
-  back sixteen streams of another owner.
+- an owner beside others that decode has its prompts computed in portions, so that a step takes `SLOWER_BY_PROMPTS`
+  times as long as without them. What is not used in one step is kept for some steps, so that a short prompt is computed
+  at once.
+- an owner with few has twice the room for prompts, at least `SMALL_PROMPTS` tokens, and may decode as long as a step
+  has at most `SMALL_STEP` without the owners that have more. Else two short requests would hold back sixteen streams of
+  another owner.
+- owners with more have less room beside those with few: by the factors of `BESIDE_FEW`, which they divide. Whoever has
+  a long line would else fill half of each step, because every owner may run what the others run.
 
-Example: H decodes 8 sequences, and a step of 8 tokens takes 21 ms. One of 20 takes 28 ms, so that the room beside H is
-12 tokens. A sends prompts of 300 tokens for one token each. Its first prompts use what is kept for 16 steps; then 12
-tokens of them are computed in each step, and H has three quarters of its speed. A with 12 sequences that decode has no
-room for a 13th. A decodes nothing with such prompts, so H's own prompts are computed as if it were alone.
+Example: H decodes 8 sequences, and a step of 8 tokens takes 21 ms. One of 16 takes 28 ms, so that the room beside H is
+8 tokens. A, which has hundreds in line, sends prompts of 300 tokens for one token each. Its first prompts use what is
+kept for 16 steps; then 4 tokens of them are computed in each step, and H has five sixths of its speed. A with 8
+sequences that decode has no room for a 9th. A decodes nothing with such prompts, so H's own prompts are computed as if
+it were alone.
 
-An owner that runs alone has no bound, and what runs already is not stopped for others. With one owner in all, as on a
-server that is used over HTTP alone, nothing is different from first come, first served.
+A token counts for more if it is costly to choose (`Sequence.token_cost`). An owner that runs alone has no bound, and
+what runs already is not stopped for others. With one owner in all, as on a server that is used over HTTP alone, nothing
+is different from first come, first served.
 """
 
 from collections.abc import Callable
 
 from mgpu.orchestrator.scheduler.sequence import Sequence
 
-RoomBeside = Callable[[int], int]
+RoomBeside = Callable[[int, float], int]
+"""From tokens, and how much longer a step with more may take, to how many more."""
+SLOWER, SLOWER_BY_PROMPTS = 3 / 2, 4 / 3
+BESIDE_FEW = 4 / 3, 6 / 5
+"""The same for owners with many sequences beside those with few."""
 KEPT_STEPS = 16
 """Steps for which an owner's unused room is kept."""
 FEW, SMALL_STEP, SMALL_PROMPTS = 32, 24, 32
+LEAST_PART = 3
+"""An owner with many may always decode this part of what the smallest of those with few decodes."""
 RECENT_STEPS = 32
 """An owner whose last sequence has ended counts for so many steps: its next request is on its way."""
 
 
-def unlimited(_num_tokens: int) -> int:
+def unlimited(_num_tokens: int = 0, _slower: float = 1.0) -> int:
     """Return the room beside any number of tokens while nothing has been measured: enough for all."""
     return 1 << 30
 
@@ -64,12 +76,14 @@ class RunningShares:
         """The step until which an owner counts that runs nothing now."""
         self._kept: dict[int, int] = {}
         """Tokens of prompts that may be computed now beside what others decode; who is missing has the most."""
-        self._total, self._smallest = 0, [0]
-        """What all decode, and the two who decode the least, when this was last counted."""
+        self._few, self._num_many = 0, 1
+        """What the owners with few decode, and how many owners run that have more, when this was last counted."""
+        self._total, self._smallest, self._smallest_few = 0, [0], 0
+        """What all decode, the two who decode the least, and the least of those with few."""
         self._rooms: dict[int, int] = {}
         """Since then, by what the others decode."""
-        self._prompt_room = unlimited(0)
-        """Tokens of prompts that an owner may have computed in each step beside all that decode."""
+        self._room_of_many = self._prompt_room = self._prompt_room_of_many = unlimited()
+        """Of an owner with many beside those with few; of prompts in each step, beside all that decode."""
         self._step = 0
         self.extra_cost = 0
         """What the running sequences cost in a step beyond a token each."""
@@ -151,35 +165,53 @@ class RunningShares:
     def _count(self) -> None:
         costs = sorted([*self._decoding.values(), *[1] * len(self._recent)])
         self._total, self._smallest = sum(costs), costs[:2]
+        few = [*(cost for owner, cost in self._decoding.items() if self._has_few(owner)), *[1] * len(self._recent)]
+        self._few, self._smallest_few = sum(few), min(few, default=0)
+        self._num_many = max(1, sum(not self._has_few(owner) for owner in self._running))
         self._rooms.clear()
-        self._prompt_room = self.prompt_room_beside(self._total) if self._total else unlimited(0)
+        self._prompt_room = self._prompt_room_of_many = unlimited()
+        if self._total:
+            self._prompt_room = self.prompt_room_beside(self._total, SLOWER_BY_PROMPTS)
+        if few:
+            slower, slower_by_prompts = BESIDE_FEW
+            rooms = self.room_beside(self._few, slower), self.prompt_room_beside(self._total, slower_by_prompts)
+            self._room_of_many, self._prompt_room_of_many = (max(1, room // self._num_many) for room in rooms)
 
     def _is_full(self, owner: int) -> bool:
+        return not self._fits_one_more(owner) or self._prompt_tokens(owner) < 1
+
+    def _fits_one_more(self, owner: int) -> bool:
+        """Return whether there is room for a sequence that costs what those of this owner do that run."""
         mine = self._running.get(owner, 0)
-        return (mine > 0 and mine >= self._room_of(owner)) or self._prompt_tokens(owner) < 1
+        return not mine or mine + mine // self._num_running[owner] <= self._room_of(owner)
 
     def _others_decode(self, owner: int) -> bool:
         return len(self._streams) > (owner in self._streams)
 
     def _prompt_tokens(self, owner: int) -> int:
         if not self._others_decode(owner):
-            return unlimited(0)
+            return unlimited()
         return self._kept.get(owner, KEPT_STEPS * self._prompt_room_of(owner))
 
     def _has_few(self, owner: int) -> bool:
         return self._num_running.get(owner, 0) + self.num_waiting(owner) <= FEW
 
     def _prompt_room_of(self, owner: int) -> int:
-        return max(2 * self._prompt_room, SMALL_PROMPTS) if self._has_few(owner) else self._prompt_room
+        if self._has_few(owner):
+            return max(2 * self._prompt_room, SMALL_PROMPTS)
+        return min(self._prompt_room, self._prompt_room_of_many)
 
     def _room_of(self, owner: int) -> int:
         """Return the tokens that an owner may have in a step beside those that the others decode."""
         mine = self._decoding.get(owner, 0) or int(owner in self._recent)
         others = self._total - mine
         if others <= 0:
-            return unlimited(0)
+            return unlimited()
+        has_few = self._has_few(owner)
+        if self._few and not has_few:
+            return max(self._room_of_many, self._smallest_few // LEAST_PART, 1)
         room = self._rooms.get(others)
         if room is None:
-            room = self._rooms[others] = self.room_beside(others)
-        small = SMALL_STEP - others if self._has_few(owner) else 0
+            room = self._rooms[others] = self.room_beside(others, SLOWER)
+        small = SMALL_STEP - (self._few - mine) if has_few else 0
         return max(room, self._smallest[mine == self._smallest[0] and len(self._smallest) > 1], small, 1)
