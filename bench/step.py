@@ -23,9 +23,9 @@ import torch
 from bench.formats import FORMATS, facts_in
 from bench.kernels.gpu_spans import Span, busy_us, idle_before_steps
 from bench.options import numbers
-from bench.performance.rows import BENCH, GAP, OCCUPANCY, SHOWN
+from bench.performance.rows import BENCH, GAP, OCCUPANCY, SHOWN, STEP, TOKENS_PER_S
 from bench.performance.rows import row as make_row
-from mgpu.launch.bench.report import Report, describe, heading
+from mgpu.launch.bench.report import Report, Row, describe, heading
 from mgpu.launch.bench.shapes import SHAPES
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
 from mgpu.protocol.model.facts import KvCacheDtype, ModelFacts
@@ -43,7 +43,12 @@ PROFILED_STEPS = 12
 
 
 def make_runner(
-    facts: ModelFacts, context: int, quant: Quant, kept: KvCacheDtype, most_tokens: int | None = None
+    facts: ModelFacts,
+    context: int,
+    quant: Quant,
+    kept: KvCacheDtype,
+    most_tokens: int | None = None,
+    most_rows: int = MOST_ROWS,
 ) -> ModelRunner:
     """Make a worker's runner with random weights. ``most_tokens``: of the cache; left out: all rows at full length."""
     device, place, group = torch.device("cuda:0"), RankPlace(0, 0, 0, 1, 0), MeasurableGroup(SingleRank())
@@ -51,10 +56,10 @@ def make_runner(
     stage = build_stage(facts, place, layers, group, torch.bfloat16, device, quant, kv_cache_dtype=kept)
     stage.max_positions = longest = context + 4 * STEPS + BLOCK
     init_dummy_weights(stage, 0)
-    blocks = MOST_ROWS * -(-(longest + 1) // BLOCK) if most_tokens is None else -(-most_tokens // BLOCK)
-    sizes, types = (blocks, BLOCK, MOST_ROWS), (torch.bfloat16, stored_dtype(kept, torch.bfloat16))
+    blocks = most_rows * -(-(longest + 1) // BLOCK) if most_tokens is None else -(-most_tokens // BLOCK)
+    sizes, types = (blocks, BLOCK, most_rows), (torch.bfloat16, stored_dtype(kept, torch.bfloat16))
     cache = KvCache.of_layers(facts, layers, place.part, sizes, types, device)
-    rows = RowTable(MOST_ROWS, longest, BLOCK, blocks, device)
+    rows = RowTable(most_rows, longest, BLOCK, blocks, device)
     links = Links(group)
     return ModelRunner(stage, cache, rows, links, facts, place, 1)
 
@@ -86,6 +91,18 @@ def decode(runner: ModelRunner, rows: int, start: int, steps: int) -> tuple[floa
         launch_s += time.perf_counter() - at_s if step < 3 else 0.0
     torch.cuda.synchronize()
     return (time.perf_counter() - began_s) * 1e6 / steps, launch_s * 1e6 / 3
+
+
+def timed(runner: ModelRunner, rows: int, context: int, steps: int, repeat: int) -> tuple[list[float], float]:
+    """Return the microseconds per step of ``repeat`` runs, least first, and of launching one in the median run."""
+    decode(runner, rows, context, 10)
+    runs = sorted(decode(runner, rows, context + 10, steps) for _ in range(repeat))
+    return [step_us for step_us, _ in runs], runs[len(runs) // 2][1]
+
+
+def rate_row(rows: int, context: int, form: str, steps_us: Sequence[float]) -> Row:
+    """Make a row of the tokens per second of steps in a format."""
+    return make_row(STEP, rows, context, TOKENS_PER_S, [rows / us * 1e6 for us in steps_us]) | {"format": form}
 
 
 def record(what: Callable[[], object]) -> list[Span]:
@@ -122,7 +139,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=1, help="runs of so many steps; the median is shown")
     parser.add_argument("--top", type=int, default=12)
     parser.add_argument("--kv-cache-dtype", choices=get_args(KvCacheDtype), default="auto")
-    parser.add_argument("--save", type=Path, help="where idle times go, as rows of bench/performance")
+    parser.add_argument("--save", type=Path, help="where rates and idle times go, as rows of bench/performance")
     arguments = parser.parse_args()
     print(heading(describe("triton")))
     facts = facts_in(SHAPES[arguments.shape], arguments.format)
@@ -131,16 +148,15 @@ def main() -> None:
     runner.warm_up(16, 0)
     torch.cuda.synchronize()
     print(f"warm-up {time.perf_counter() - began_s:.2f} s")
+    form = arguments.format or arguments.quant
     report = Report(BENCH, "mgpu", SHOWN, arguments.save, "triton", shape=arguments.shape)
     for rows in arguments.rows:
         fill(runner, min(rows, 3), arguments.context)
         prompt_ms = fill(runner, rows, arguments.context)
-        decode(runner, rows, arguments.context, 10)
-        runs = sorted(decode(runner, rows, arguments.context + 10, STEPS) for _ in range(arguments.repeat))
-        step_us, launch_us = runs[len(runs) // 2]
-        fastest, slowest = (rows / us * 1e6 for us in (runs[0][0], runs[-1][0]))
+        steps_us, launch_us = timed(runner, rows, arguments.context, STEPS, arguments.repeat)
         print(f"rows {rows}: last prompt {prompt_ms:.2f} ms, launching a step {launch_us:.0f} us")
-        print(f"   step {step_us:.0f} us, {rows / step_us * 1e6:.0f} tok/s ({slowest:.0f} to {fastest:.0f})")
+        print(f"   step {statistics.median(steps_us):.0f} us")
+        report.add(rate_row(rows, arguments.context, form, steps_us))
         if not arguments.top:
             continue
         spans = record(partial(decode, runner, rows, arguments.context + 80, PROFILED_STEPS))

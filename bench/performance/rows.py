@@ -18,7 +18,7 @@ BENCH = "performance"
 DECODE, PREFILL, BURST, FIRST_TOKEN = "decode", "prefill", "burst", "first token"
 READY, READY_COLD, READY_FILES = "ready", "ready, no compiled kernels", "ready, page cache"
 READY_PEER, IDLE = "transformers ready, page cache", "idle"
-GAP, OCCUPANCY, FAILED = "idle before a step", "busy", "failed"
+GAP, OCCUPANCY, STEP, FAILED = "idle before a step", "busy", "decode step", "failed"
 TOKENS_PER_S = "tok/s"
 BURST_TOKENS = 256
 """How long every answer of a burst is."""
