@@ -78,8 +78,8 @@ class ServeConfig:
         "Whose code runs the model: mgpu's own, the installed transformers', or own if it has the family.",
     )
     tool_format: Literal[
-        "auto", "none", "harmony", "gemma4", "deepseek-v3", "deepseek-v3.1", "kimi-k2", "minimax", "glm", "qwen3-coder",
-        "mistral", "hermes", "pythonic", "llama"
+        "auto", "none", "harmony", "gemma4", "deepseek-v3", "deepseek-v3.1", "deepseek-v3.2", "kimi-k2", "minimax",
+        "glm", "qwen3-coder", "mistral", "hermes", "pythonic", "llama"
     ] = _option("auto", "How the model writes tool calls: auto is what its chat template shows.")  # fmt: skip
     reasoning_format: Literal["auto", "none", "harmony", "think", "mistral", "gemma4"] = _option(
         "auto", "How the model marks its reasoning: auto is what its chat template shows; none leaves it in the text."

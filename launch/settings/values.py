@@ -24,7 +24,8 @@ _ALIASES = {
                          "glm45": "think", "minimax_m2": "think"},
     "tool_format": {"qwen3_coder": "qwen3-coder", "llama3_json": "llama", "openai": "harmony", "glm45": "glm",
                     "glm47": "glm", "minimax_m2": "minimax", "llama4_pythonic": "pythonic",
-                    "deepseek_v3": "deepseek-v3", "deepseek_v31": "deepseek-v3.1", "kimi_k2": "kimi-k2"},
+                    "deepseek_v3": "deepseek-v3", "deepseek_v31": "deepseek-v3.1",
+                    "deepseek_v32": "deepseek-v3.2", "kimi_k2": "kimi-k2"},
 }  # fmt: skip
 """What other programs call the values of these options."""
 

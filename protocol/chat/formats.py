@@ -50,6 +50,7 @@ TOOL_FORMATS = {
         sections.DeepSeek, sections.DeepSeek.markers(), re.compile(r"<｜tool▁sep｜>[\s\S]*?```json")
     ),
     "deepseek-v3.1": ToolFormat(sections.DeepSeek, sections.DeepSeek.markers(), re.compile(r"<｜tool▁call▁begin｜>")),
+    "deepseek-v3.2": _tagged(tagged.DEEPSEEK, r"｜DSML｜"),
     "kimi-k2": ToolFormat(sections.Kimi, sections.Kimi.markers(), re.compile(r"<\|tool_calls?_(section_)?begin\|>")),
     "minimax": _tagged(tagged.MINIMAX, r"<minimax:tool_call>"),
     "glm": _tagged(tagged.GLM, r"<arg_key>"),
@@ -57,10 +58,14 @@ TOOL_FORMATS = {
     "mistral": ToolFormat(mistral.Mistral, (mistral.BEGIN, mistral.ARGS, mistral.CALL_ID), re.compile(r"\[TOOL_CALLS")),
     "hermes": ToolFormat(hermes.Hermes, (hermes.BEGIN, hermes.END), re.compile(r"<tool_call>")),
     "pythonic": ToolFormat(
-        pythonic.Pythonic, (pythonic.BEGIN, pythonic.END), re.compile(r"\[\s*func(tion)?_?name\d?\s*\(|<\|python_start")
+        pythonic.Pythonic,
+        (pythonic.BEGIN, pythonic.END),
+        re.compile(r"\[\s*func(tion)?_?name\d?\s*\(|<\|python_start(?![\s\S]*\"parameters\")"),
     ),
     "llama": ToolFormat(
-        llama.Llama, (llama.TAG,), re.compile(r"<\|python_tag\|>|<\|start_header_id\|>[\s\S]*\"parameters\"")
+        llama.Llama,
+        (llama.TAG,),
+        re.compile(r"<\|python_tag\|>|<\|(start_header_id|header_start)\|>[\s\S]*\"parameters\""),
     ),
 }
 REASONING_FORMATS = {

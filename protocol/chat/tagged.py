@@ -1,10 +1,12 @@
-"""Calls whose parameters stand between tags, as Qwen3-Coder, GLM and MiniMax write them.
+"""Calls whose parameters stand between tags, as Qwen3-Coder, GLM, MiniMax and DeepSeek V3.2 write them.
 
 Qwen3-Coder: `<tool_call><function=f><parameter=p>value</parameter></function></tool_call>`
 GLM: `<tool_call>f<arg_key>p</arg_key><arg_value>value</arg_value></tool_call>`
 MiniMax: `<minimax:tool_call><invoke name="f"><parameter name="p">value</parameter></invoke></minimax:tool_call>`
+DeepSeek V3.2: like MiniMax, with `｜DSML｜` in each tag and, behind a parameter's name, `string="true"` or `"false"`
 
-A value is plain text. The tool's schema says whether it is a string; anything else is read as JSON if it can be.
+A value is plain text. The tag of its parameter says whether it is a string, else the tool's schema does; anything else
+is read as JSON if it can be.
 """
 
 import json
@@ -36,6 +38,10 @@ class Tags:
     value: str
     """Between the name of a parameter and its value, if there is such a tag."""
     value_end: str
+    string: str = ""
+    """Behind the name of a parameter whose value is a string, if the format says so."""
+    other: str = ""
+    """Behind that of any other."""
     has_lines: bool = False
     """True if a line break after the beginning of a value, and one before its end, belong to the tags."""
 
@@ -54,12 +60,17 @@ class Tags:
 
 
 QWEN_CODER = Tags(
-    "<tool_call>", "</tool_call>", "<function=", ">", "</function>", "<parameter=", ">", "", "</parameter>", True
-)
+    "<tool_call>", "</tool_call>", "<function=", ">", "</function>", "<parameter=", ">", "", "</parameter>",
+    has_lines=True,
+)  # fmt: skip
 GLM = Tags("<tool_call>", "", "", "", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
 MINIMAX = Tags(
     "<minimax:tool_call>", "</minimax:tool_call>", '<invoke name="', '">', "</invoke>", '<parameter name="', '">', "",
     "</parameter>",
+)  # fmt: skip
+DEEPSEEK = Tags(
+    "<｜DSML｜function_calls>", "</｜DSML｜function_calls>", '<｜DSML｜invoke name="', '">', "</｜DSML｜invoke>",
+    '<｜DSML｜parameter name="', '" string="', "", "</｜DSML｜parameter>", string='true">', other='false">',
 )  # fmt: skip
 
 
@@ -104,13 +115,30 @@ class Tagged(Machine):
     def _begin_value(self, name: str) -> None:
         if name in self._seen:
             raise BrokenJson("a parameter comes twice")
-        self._is_string = self._found.tools.property_of(self._function, name).get("type") == "string"
         self._found.arguments((", " if self._seen else "") + json.dumps(name, ensure_ascii=False) + ": ")
-        if self._is_string:
-            self._found.arguments('"')
         self._seen.add(name)
         self._value.clear()
+        if self._tags.string:
+            self._state = self._expect_kind
+        else:
+            self._use_kind(self._found.tools.property_of(self._function, name).get("type") == "string")
+
+    def _use_kind(self, is_string: bool) -> None:
+        self._is_string = is_string
+        if is_string:
+            self._found.arguments('"')
         self._state = self._expect_value if self._tags.value else self._skip_line_break
+
+    def _expect_kind(self) -> bool:
+        return self._expect({self._tags.string: self._begin_string, self._tags.other: self._begin_other})
+
+    def _begin_string(self) -> bool:
+        self._use_kind(True)
+        return True
+
+    def _begin_other(self) -> bool:
+        self._use_kind(False)
+        return True
 
     def _expect_value(self) -> bool:
         return self._expect({self._tags.value: self._skip_line_break})

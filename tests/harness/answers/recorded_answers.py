@@ -41,6 +41,7 @@ _T = ChatFormat("hermes", "think")
 _Q = ChatFormat("qwen3-coder")
 _G = ChatFormat("glm", "think")
 _X = ChatFormat("minimax", "think")
+_V32 = ChatFormat("deepseek-v3.2", "think")
 _4 = ChatFormat("gemma4", "gemma4")
 _L = ChatFormat("llama")
 _M = ChatFormat("mistral", "mistral")
@@ -56,6 +57,11 @@ _GLM_CALL = (
     "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Zürich 🌧</arg_value>\n<arg_key>days</arg_key>\n"
     "<arg_value>3</arg_value>\n</tool_call>"
 )
+_DSML_CALL = (
+    '<｜DSML｜invoke name="get_weather">\n<｜DSML｜parameter name="city" string="true">Zürich 🌧</｜DSML｜parameter>\n'
+    '<｜DSML｜parameter name="days" string="false">3</｜DSML｜parameter>\n</｜DSML｜invoke>'
+)
+_DSML_UNSAID = '<｜DSML｜invoke name="get_weather">\n<｜DSML｜parameter name="city">Bern</｜DSML｜parameter>'
 _MINIMAX_CALL = (
     '<invoke name="get_weather">\n<parameter name="city">Zürich 🌧</parameter>\n<parameter name="days">3</parameter>\n'
     "</invoke>"
@@ -151,6 +157,24 @@ RECORDED = [
         reasoning="Hm.",
         in_reasoning=True,
     ),
+    Recorded(
+        "deepseek-v3.2 reasoning that the prompt began, text, two calls in a block",
+        _V32,
+        f"Hm.</think>I look.\n\n<｜DSML｜function_calls>\n{_DSML_CALL}\n{_DSML_CALL}\n</｜DSML｜function_calls>",
+        "I look.",
+        [_WEATHER_CALL] * 2,
+        reasoning="Hm.",
+        in_reasoning=True,
+    ),
+    Recorded(
+        "deepseek-v3.2 tags say what a value is, whatever the schema says",
+        _V32,
+        '<｜DSML｜function_calls>\n<｜DSML｜invoke name="get_weather">\n<｜DSML｜parameter name="city" string="false">'
+        '["a"]</｜DSML｜parameter>\n<｜DSML｜parameter name="days" string="true">3</｜DSML｜parameter>\n'
+        "</｜DSML｜invoke>",
+        calls=[("get_weather", {"city": ["a"], "days": "3"})],
+    ),
+    Recorded("deepseek-v3.2 a parameter that does not say what it is", _V32, _DSML_UNSAID, _DSML_UNSAID),
     Recorded("minimax name without its quote", _X, '<invoke name="get-time>', '<invoke name="get-time>'),
     Recorded(
         "gemma4 reasoning, text, two calls",

@@ -99,9 +99,12 @@ def test_a_call_that_breaks_takes_no_place_of_another() -> None:
         ('<minimax:tool_call>\n<invoke name="tool"> … <think>', ("minimax", "think")),
         ("<｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json … </think>", ("deepseek-v3", "think")),
         ("<｜Assistant｜><｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜> …", ("deepseek-v3.1", "")),
+        ('<｜Assistant｜></think> … <｜DSML｜function_calls>\n<｜DSML｜invoke name="f">', ("deepseek-v3.2", "think")),
         ("<|im_middle|>… <|tool_calls_section_begin|>", ("kimi-k2", "")),
         ("<|turn>model … <|tool_call>call: … <|channel>thought\n", ("gemma4", "gemma4")),
         ("[func_name1(params_name1=params_value1), func_name2(params)]", ("pythonic", "")),
+        ("<|header_start|>assistant … <|python_start|>", ("pythonic", "")),
+        ('<|header_start|> … <|python_start|> … {"name": "f", "parameters": …}', ("llama", "")),
         ('<tool_call>{"name": "f"}</tool_call> … <think>', ("hermes", "think")),
     ],
 )

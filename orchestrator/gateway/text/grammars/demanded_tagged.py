@@ -1,4 +1,4 @@
-"""The grammar of a call whose parameters stand between tags, as Qwen3-Coder, GLM and MiniMax write them.
+"""The grammar of a call whose parameters stand between tags, as Qwen3-Coder, GLM, MiniMax and DeepSeek V3.2 write them.
 
 A string is written without quotes, so the library's grammar of JSON does not fit it. Its length and its choices are
 enforced here. Anything else is JSON. What the schema asks for beyond that is refused, not ignored.
@@ -23,7 +23,10 @@ from mgpu.orchestrator.gateway.text.grammars.grammar import GrammarError
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """How a format is written, line breaks included; `{name}` stands for that of a tool or a parameter."""
+    """How a format is written, line breaks included.
+
+    `{name}` stands for that of a tool or a parameter, `{is_string}` for whether its value is a string.
+    """
 
     begin: str
     end: str
@@ -46,6 +49,10 @@ _LAYOUTS = {
         '<minimax:tool_call>\n<invoke name="{name}">\n', "</invoke>\n</minimax:tool_call>",
         '<parameter name="{name}">', "</parameter>\n", "</parameter>",
     ),
+    "deepseek-v3.2": _Layout(
+        '<｜DSML｜function_calls>\n<｜DSML｜invoke name="{name}">\n', "</｜DSML｜invoke>\n</｜DSML｜function_calls>",
+        '<｜DSML｜parameter name="{name}" string="{is_string}">', "</｜DSML｜parameter>\n", "</｜DSML｜parameter>",
+    ),
 }  # fmt: skip
 TAGGED = tuple(_LAYOUTS)
 _NAME = re.compile(r"[^<>\s\"]{1,256}")
@@ -59,17 +66,22 @@ def call_rules(rule: str, function: Mapping[str, Any], json_options: Mapping[str
     for at, each in enumerate(parameters_of(function, json_options)):
         if not _NAME.fullmatch(each.name):
             raise GrammarError(f"{each.what} has a name that this format cannot write")
-        head, terminal = quoted(layout.parameter.format(name=each.name)), f"{rule.upper()}_P{at}"
-        whole = f"{head} {terminal.lower()}"
+        head = layout.parameter.format(name=each.name, is_string=json.dumps(_is_string(each)))
+        terminal = f"{rule.upper()}_P{at}"
+        whole = f"{quoted(head)} {terminal.lower()}"
         parts.append(whole if each.is_required else f"({whole})?")
         rules.append(_value_rule(terminal, each, layout))
     return [f"{rule}: {' '.join([*parts, quoted(layout.end)])}", *rules]
 
 
+def _is_string(parameter: Parameter) -> bool:
+    return isinstance(parameter.schema, Mapping) and parameter.schema.get("type") == "string"
+
+
 def _value_rule(terminal: str, parameter: Parameter, layout: _Layout) -> str:
     """Return the rule for a value and the marker of its end."""
     rule, value, what = terminal.lower(), parameter.schema, parameter.what
-    if not isinstance(value, Mapping) or value.get("type") != "string":
+    if not isinstance(value, Mapping) or not _is_string(parameter):
         return f"{rule}: %json {without_brackets(json.dumps(parameter.whole))} {quoted(layout.value_end)}"
     check_keys(what, value, _OF_STRING)
     least, most = value.get("minLength", 0), value.get("maxLength", "")

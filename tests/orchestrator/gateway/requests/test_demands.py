@@ -20,7 +20,9 @@ def request(**more: Any) -> Generate:
     return found
 
 
-@pytest.mark.parametrize("name", ["hermes", "llama", "mistral", "qwen3-coder", "glm", "minimax", "pythonic", "harmony"])
+@pytest.mark.parametrize(
+    "name", ["hermes", "llama", "mistral", "qwen3-coder", "glm", "minimax", "deepseek-v3.2", "pythonic", "harmony"]
+)
 def test_a_demand_becomes_a_grammar(name: str) -> None:
     form = with_demanded_call(request(), ChatFormat(name)).structured_outputs
     assert form is not None

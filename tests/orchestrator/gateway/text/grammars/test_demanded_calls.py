@@ -32,6 +32,11 @@ CALLS = {
         '<minimax:tool_call>\n<invoke name="get_weather">\n<parameter name="city"><A></parameter>\n</invoke>\n'
         "</minimax:tool_call>"
     ),
+    "deepseek-v3.2": (
+        '<｜DSML｜function_calls>\n<｜DSML｜invoke name="get_weather">\n'
+        '<｜DSML｜parameter name="city" string="true"><A></｜DSML｜parameter>\n</｜DSML｜invoke>\n'
+        "</｜DSML｜function_calls>"
+    ),
     "pythonic": '[get_weather(city="<A>")]',
     "deepseek-v3": (
         "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n```json\n"
