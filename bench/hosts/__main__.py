@@ -1,6 +1,7 @@
 """Serve from network namespaces under a real torchrun, break links and hosts, and compare every token.
 
-    python -m bench.hosts [--hosts 3] [--delay-ms 0] [--loss 0] [--cut-s 30] [--model FOLDER] [--map "0+1:N;2:M"]
+    python -m bench.hosts [--hosts 3] [--delay-ms 0] [--loss 0] [--cut-s 30] [--rendezvous c10d] [--model FOLDER]
+    [--map "0+1:N;2:M"]
 
 Needs root. The delay and the loss count for each frame on its way between two hosts. Every stream is compared with the
 answer of one worker.
@@ -10,7 +11,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from bench.hosts.cluster import Cluster
@@ -36,7 +37,7 @@ def main() -> None:
         print(heading(describe("torch")))
         with (
             Network(options.hosts, options.delay_ms, options.loss) as network,
-            Cluster(network, options.hosts, model, "-n", options.map, *USUAL) as cluster,
+            Cluster(network, options.hosts, model, "-n", options.map, *USUAL, rendezvous=options.rendezvous) as cluster,
         ):
             began_s = time.monotonic()
             cluster.start()
@@ -46,9 +47,11 @@ def main() -> None:
                 ("nothing", lambda: None),
                 ("a worker is killed", lambda: cluster.processes(last, "mgpu.worker")[-1].kill()),
                 ("a rank is killed", lambda: cluster.processes(last, "--join")[0].kill()),
-                ("a host is killed and started again", lambda: _restart(cluster, last)),
+                ("a host is killed and started again", lambda: _restart(cluster, [last])),
                 (f"a link is cut for {options.cut_s:g} s", lambda: _cut(network, last, options.cut_s)),
             ]
+            if options.rendezvous == "c10d":  # its launchers all end when they miss one for a minute
+                faults[3] = ("all hosts are killed and started again", lambda: _restart(cluster, range(options.hosts)))
             with Client(cluster.endpoint) as client:
                 for name, fault in faults:
                     _report(name, client, whole, fault, cluster)
@@ -75,9 +78,11 @@ def _cut(network: Network, at: int, seconds: float) -> None:
     network.mend(at)
 
 
-def _restart(cluster: Cluster, at: int) -> None:
-    cluster.kill_host(at)
-    cluster.launch(at)
+def _restart(cluster: Cluster, hosts: Iterable[int]) -> None:
+    for at in hosts:
+        cluster.kill_host(at)
+    for at in hosts:
+        cluster.launch(at)
 
 
 def _alone(model: str) -> list[int]:
@@ -93,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--hosts", type=int, default=3, choices=(2, 3))
     parser.add_argument("--delay-ms", type=float, default=0.0)
     parser.add_argument("--loss", type=float, default=0.0)
+    parser.add_argument("--rendezvous", choices=("static", "c10d"), default="static", help="of torchrun")
     parser.add_argument("--cut-s", type=float, default=30.0)
     parser.add_argument("--model", default="", help="a folder; default: three layers of random weights")
     parser.add_argument("--map", default="0+1:2;2:1", help="-n of serve")

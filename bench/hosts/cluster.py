@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
@@ -18,14 +19,19 @@ from bench.waiting import wait_until
 from mgpu.launch.commands.keygen import make_server, make_worker
 from mgpu.protocol.discovery import BASE_VARIABLE, running_servers
 
+Rendezvous = Literal["static", "c10d"]
+"""How launchers find each other: by numbers and an address that each is told, or by torchrun's own store."""
 _END_S = 60.0
 
 
 class Cluster:
     """A head and its hosts. `start` begins all of them; leaving the context ends what is left."""
 
-    def __init__(self, network: Network | Loopback, hosts: int, model: str, *options: str) -> None:
-        """``options`` are those of `serve`."""
+    def __init__(
+        self, network: Network | Loopback, hosts: int, model: str, *options: str, rendezvous: Rendezvous = "static"
+    ) -> None:
+        """``options`` are those of `serve`; ``rendezvous`` is how the launchers find each other."""
+        self._rendezvous = rendezvous
         self.network = network
         self.hosts = hosts
         self.endpoint = ""
@@ -60,8 +66,14 @@ class Cluster:
 
     def launch(self, at: int) -> None:
         """Start torchrun on a host."""
-        run = ["--nnodes", str(self.hosts), "--nproc-per-node", "1", "--node-rank", str(at), "--max-restarts", "9"]
-        run += ["--master-addr", self.network.address(0), "--master-port", str(self._master_port)]
+        run = ["--nnodes", str(self.hosts), "--nproc-per-node", "1", "--max-restarts", "9"]
+        if self._rendezvous == "c10d":
+            run += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{self.network.address(0)}:{self._master_port}"]
+            run += ["--rdzv-id", "mgpu", "--local-addr", self.network.address(at)]  # no name service knows the hosts
+            run += ["--rdzv-conf", f"is_host={int(at == 0)}"]
+        else:
+            run += ["--node-rank", str(at), "--master-addr", self.network.address(0)]
+            run += ["--master-port", str(self._master_port)]
         worker = ["-m", "mgpu.worker", "--join", self.join, "--keys", str(self.folder / "keys" / "host.worker")]
         launcher = self._run(
             at, f"host-{at}", ["-m", "torch.distributed.run", *run, *worker, "-m", self._model, "--device", "cpu"]
