@@ -56,7 +56,8 @@ class Discovery:
         try:
             self._lines = self._read()
         except (OSError, UnicodeDecodeError) as error:
-            raise ServerListError(f"--replica-file {file} cannot be read: {error}") from None
+            why = error.strerror if isinstance(error, OSError) else error
+            raise ServerListError(f"--replica-file {file} cannot be read: {why}") from None
         if not self._lines:
             raise ServerListError("no servers: name each with --replica ENDPOINT, or list them in --replica-file FILE")
         self._resolved(self._lines)

@@ -73,6 +73,8 @@ class Inbox:
         self._quantum_s = quantum_s
         self._turns = turns
         self._full: set[str] = set()
+        self._looked_at: set[bytes] = set()
+        """Connections of these owners that were still open earlier in this turn."""
         self._lap: set[bytes] = set()
         """The connections that have been read in this lap."""
         self._lap_s, self._lap_bytes = 0.0, 0
@@ -93,6 +95,7 @@ class Inbox:
         With ``may``, those of owners for whom it is false are read but not handled.
         """
         self._front.begin_turn()
+        self._looked_at.clear()
         now_s = read_at_s = time.perf_counter()
         end_s = now_s + seconds
         while now_s < end_s:
@@ -146,7 +149,12 @@ class Inbox:
 
     def _is_useless(self, received: Received) -> bool:
         """Return whether the sender has left, if its owner has sent so much that it is worth asking."""
-        return received.owner in self._full and self._front.connections.end_if_left(received.connection)
+        if received.owner not in self._full or received.connection in self._looked_at:
+            return False
+        if self._front.connections.end_if_left(received.connection):
+            return True
+        self._looked_at.add(received.connection)
+        return False
 
     def _may_read(self) -> bool:
         return not self._full or time.monotonic() >= self._next_lap_s

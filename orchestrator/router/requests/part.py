@@ -35,7 +35,7 @@ class Part:
         self.uncached_tokens = routed.prompt_size
         """Tokens of the prompt that its replica has still to compute, before the answer begins."""
         self._on_error = on_error
-        self.request = ResumableRequest(message, answer=_Passed(self, message))
+        self.request = ResumableRequest(message, answer=_Passed(self))
         self.request.relay = partial(pass_on, self)
 
     @property
@@ -55,8 +55,10 @@ class Part:
 class _Passed(Answer):
     """An answer that has been passed on, so that nothing of it is kept here."""
 
-    def __init__(self, part: Part, message: Mapping[str, object]) -> None:
-        super().__init__(message)
+    def __init__(self, part: Part) -> None:
+        """Make nothing of what `Answer` keeps: it would be a twentieth of what a request costs the router."""
+        self.accepted = None
+        self.error = None
         self._part = part
 
     def offsets(self) -> list[int]:
@@ -69,7 +71,7 @@ class _Passed(Answer):
         pass
 
     def fail(self, error: MgpuError) -> None:
-        super().fail(error)
+        self.error = error
         self._part.fail(error)
 
     def release(self, usage: Usage | None = None) -> None:
