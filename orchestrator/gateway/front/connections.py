@@ -10,7 +10,7 @@ libzmq accepts connections by itself, as many as come. Its monitor reports the d
 - connections beyond what the limit of open files leaves: at the limit libzmq aborts the process. The owner with the
   most goes first, and of its connections those that have never said anything. `transport/accept_gate.py`
   keeps libzmq from accepting more than can be ended in time.
-- connections that send a message without an end (`transport/endless.py`).
+- connections that send a message without an end, or more than is read (`transport/endless.py`, `transport/floods.py`).
 - connections of an owner beyond its own number, after they were told (`check`).
 
 An *origin* is what is known at once: ``pid:N`` on ipc, an address on tcp. The *owner* is the origin, until the
@@ -39,6 +39,7 @@ from mgpu.orchestrator.gateway.front.transport.descriptors import (
     unread_bytes,
 )
 from mgpu.orchestrator.gateway.front.transport.endless import EndlessMessages
+from mgpu.orchestrator.gateway.front.transport.floods import Floods
 from mgpu.orchestrator.gateway.front.transport.io_threads import IoThreads
 from mgpu.orchestrator.gateway.front.transport.open_connection import OpenConnection, excess
 from mgpu.orchestrator.gateway.front.transport.pipe_room import PipeRoom
@@ -100,7 +101,8 @@ class Connections:
         """Since `take_accepted` was called."""
         self._next_check_s = 0.0
         self._random = random.Random()
-        self._ender, self._pipes, self._endless = Ender(), PipeRoom(None, io_threads), EndlessMessages()
+        self._ender, self._pipes = Ender(), PipeRoom(None, io_threads)
+        self._endless, self._floods = EndlessMessages(), Floods()
         self.monitor = context.socket(zmq.PAIR)
         self.monitor.setsockopt(zmq.LINGER, 0)
         self.monitor.setsockopt(zmq.RCVHWM, 0)  # at a limit libzmq's own thread would wait for this one
@@ -214,6 +216,7 @@ class Connections:
         known = self._by_name.get(connection)
         if known is not None:
             known.is_heard = True
+            known.num_heard += 1
             return True
         try:
             fd = int(frame.get("__fd"))
@@ -237,12 +240,12 @@ class Connections:
         return found is not None
 
     def end_endless(self, worked_s: float) -> list[str]:
-        """End the connections that send a message without an end, and return their owners.
+        """End the connections that send without an end, and return the owners of those that send one such message.
 
         ``worked_s`` is the CPU time of libzmq's threads so far.
         """
         found = self._endless.look(worked_s, self._open.values())
-        for each in found:
+        for each in (*found, *self._floods.look(self._open.values())):
             self._end(each)
         return [each.owner for each in found]
 

@@ -24,6 +24,11 @@ class OpenConnection:
     """A message has come since endless.py has last looked."""
     endless_s: float = 0.0
     """For how much of libzmq's time it has had unread bytes since then; see endless.py."""
+    num_heard: int = 0
+    behind_since_s: float = 0.0
+    """How many messages have come since it had no unread bytes or an answer, and when that was; see floods.py."""
+    is_answered: bool = False
+    """Something was sent to it since floods.py has last looked."""
     piped_bytes: int = 0
     """Handed to libzmq since it was last seen that the peer has taken everything; see pipe_room.py."""
     ask_at_bytes: int = 0

@@ -53,7 +53,7 @@ class PipeRoom:
                 connection.ask_at_bytes = held + ASK_BYTES
             connection.piped_at_s = self._threads.worked_s()
         self._total += held - connection.piped_bytes
-        connection.piped_bytes = held
+        connection.piped_bytes, connection.is_answered = held, True
         return True
 
     def _has_taken_all(self, connection: OpenConnection) -> bool:
