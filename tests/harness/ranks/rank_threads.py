@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 R = TypeVar("R")
-DEADLINE_S = 60.0
+DEADLINE_S = 150.0
 
 
 @dataclass

@@ -13,7 +13,9 @@ import psutil
 import pytest
 
 from harness.servers.server_process import ServerProcess, ready_server, running_server
+from harness.waiting import eventually
 from mgpu.orchestrator.host.systemd import EXTEND_S, NOTIFY_INTERVAL_S, VARIABLES, Notifier
+from mgpu.protocol.discovery import INFO_NAME
 from mgpu.protocol.internal.worker_messages import LoadProgress
 
 DEADLINE_S = 30.0
@@ -329,7 +331,7 @@ def test_the_status_of_a_failed_service_says_why(folder: Path, service: FakeMana
 
 def test_the_status_of_a_server_that_lost_its_folder_says_why(folder: Path, service: FakeManager) -> None:
     with ready_server(folder) as server:
-        server.counters()  # it serves: who tells that it is ready also has to announce it, in that folder
+        eventually(lambda: any((folder / "run").rglob(INFO_NAME)))  # what is still to be written there cannot be
         shutil.rmtree(folder / "run")
         (folder / "run").touch()
         worker_of(server, "0").kill()
