@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# One test process per core. A file's tests stay together, so that they share its servers and models, and files start in
-# their order: the end-to-end tests, which take longest, come first.
-PARALLEL ?= -n $(shell nproc) --dist loadfile --no-loadscope-reorder
+# One test process more than cores, because many tests wait for their servers. A file's tests stay together, so that they
+# share its servers and models, and files start in their order: the end-to-end tests, which take longest, come first.
+PARALLEL ?= -n $(shell expr $$(nproc) + 1) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 # Tests of GPUs spend their time compiling kernels, each process its own; all share the GPU's memory.
