@@ -57,6 +57,7 @@ class Fleet:
             for replica in self.replicas:
                 replica.receive()
                 replica.ask(now_s)
+                replica.send()
             if all(replica.is_known or replica.session is None for replica in self.replicas):
                 return
             time.sleep(PAUSE_S)

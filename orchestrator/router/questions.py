@@ -143,7 +143,7 @@ class Questions:
 
     def is_open(self, connection: bytes, request_id: int) -> bool:
         """Return whether a question of this id waits."""
-        return any(each.connection == connection and each.id == request_id for each in self._open)
+        return bool(self._open) and any(each.connection == connection and each.id == request_id for each in self._open)
 
     def cancel(self, connection: bytes, request_id: int | None = None) -> None:
         """Drop a question, or all of a connection; a question that is dropped by name is answered."""

@@ -20,6 +20,8 @@ LOST_S = 6.0
 """How long its gateway may be away before the requests go elsewhere; a new gateway takes a second or two."""
 RUNNING_TOKENS = 8
 """What a request that decodes counts for, beside prompts that wait."""
+MESSAGES_AT_ONCE = 16
+"""Sent to one replica; with fewer the turn is waited for."""
 MESSAGES_PER_TURN = 500
 """Of one replica, so that a fast one holds up neither clients nor the other replicas."""
 _FIRST_QUERY = 1 << 62
@@ -62,6 +64,7 @@ class Replica:
         """Begin to connect. Requests on an earlier connection must have been taken off it."""
         self.disconnect()
         self.session = Session(endpoint, self._keys, takes_batches=True)
+        self.session.channel.bundle(MESSAGES_AT_ONCE)
         self._seen_s = self._heard_s = time.monotonic()
 
     def disconnect(self) -> None:
@@ -178,6 +181,11 @@ class Replica:
         elif self.health is not None and self.session.channel.was_connected:
             self._forget_state()
         self._take_replies(now_s)
+
+    def send(self) -> None:
+        """Send what `begin`, `cancel` and `ask` have kept for it. Call it several times a turn."""
+        if self.session is not None:
+            self.session.channel.flush()
 
     def ask(self, now_s: float) -> None:
         """Ask for its state and counters, if it is time."""

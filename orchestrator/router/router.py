@@ -89,6 +89,7 @@ class Router:
         self._front.admit()
         self._front.flush()
         self._inbox.serve(TURN_S)
+        self._send_to_replicas()
         self._front.connections.accept_more(self._inbox.is_behind)
         for replica in self.replicas:
             replica.receive()
@@ -98,6 +99,7 @@ class Router:
         if now_s >= self._next_period_s:
             self._next_period_s = now_s + PERIOD_S
             self._run_periodic_work(now_s)
+        self._send_to_replicas()
         self._front.send_batches()
         return [fd for fd in fds if fd in ready]
 
@@ -110,6 +112,10 @@ class Router:
             for each in wanted:
                 self._poller.register(each, zmq.POLLIN)
         return self._poller
+
+    def _send_to_replicas(self) -> None:
+        for replica in self.replicas:
+            replica.send()
 
     def _run_periodic_work(self, now_s: float) -> None:
         for replica in self.replicas:

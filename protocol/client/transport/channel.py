@@ -42,6 +42,8 @@ class Channel:
         """A handshake has succeeded at some time."""
         self.refusal: ServerUnreachable | None = None
         """Why connecting cannot succeed, once that is known."""
+        self._bundle = 0
+        self._unsent: list[bytes] = []
         self._keys = keys
         self._handshake_failed = False
         context: zmq.Context[Any] = zmq.Context()
@@ -62,7 +64,7 @@ class Channel:
             ) from None
 
     def send(self, message: Mapping[str, object]) -> None:
-        """Send one message now. RequestFailed if it cannot be packed; ServerUnreachable if it cannot be sent."""
+        """Send one message. RequestFailed if it cannot be packed; ServerUnreachable if it cannot be sent."""
         if self.socket.closed:
             raise MgpuError("the client is closed")
         try:
@@ -72,10 +74,28 @@ class Channel:
         size, limit = len(frames[1]), framing.FROM_CLIENT.frame_bytes
         if size > limit:
             raise RequestFailed("bad_request", f"the request has {size} bytes, the limit is {limit}")
+        if self._bundle:
+            self._unsent.append(frames[1])
+            if len(self._unsent) >= self._bundle:
+                self.flush()
+            return
         try:
             send_message(self.socket, *frames)
         except zmq.Again:
             raise self.unreachable("does not take messages") from None
+
+    def bundle(self, count: int) -> None:
+        """Keep messages from now on until there are so many, or `flush` is called.
+
+        Each message that libzmq's thread finds alone wakes it, and this costs both as much as the message.
+        """
+        self._bundle = count
+
+    def flush(self) -> None:
+        """Send what was kept. The socket has no bound, so it takes everything."""
+        unsent, self._unsent = self._unsent, []
+        for body in unsent:
+            send_message(self.socket, framing.VERSION, body)
 
     def receive(self) -> Iterator[list[bytes]]:
         """Yield the frames of each message that has arrived."""
@@ -149,6 +169,7 @@ class Channel:
         A child process leaves alone what it inherited: closing it would wait for threads that exist in the parent only.
         """
         if (still_open := self._finalizer.detach()) is not None:
+            self.flush()
             _, close, arguments, _ = still_open
             close(*arguments)
 

@@ -1,5 +1,6 @@
 """The socket of a client: it keeps what its server has not read yet."""
 
+from itertools import count, islice
 from pathlib import Path
 
 import zmq
@@ -28,3 +29,31 @@ def test_a_burst_that_the_server_has_not_read_is_kept(tmp_path: Path) -> None:
                 assert framing.unpack(frames, framing.FROM_CLIENT)["id"] == number
         finally:
             channel.close()
+
+
+def test_messages_that_are_bundled_leave_together_and_in_order(tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/front"
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as server:
+        server.setsockopt(zmq.RCVTIMEO, 20_000)
+        server.bind(endpoint)
+        channel = Channel(endpoint)
+        channel.bundle(3)
+        numbers = count()
+
+        def send(how_many: int) -> None:
+            for number in islice(numbers, how_many):
+                channel.send({"type": "cancel", "id": number})
+
+        def heard(how_many: int) -> list[object]:
+            return [framing.unpack(server.recv_multipart()[1:])["id"] for _ in range(how_many)]
+
+        send(2)
+        assert not server.poll(50), "they wait for a third, or for the end of the turn"
+        send(1)
+        assert heard(3) == [0, 1, 2]
+        send(2)
+        channel.flush()
+        assert heard(2) == [3, 4]
+        send(1)
+        channel.close()
+        assert heard(1) == [5], "what was kept is sent before the socket closes"
