@@ -151,7 +151,7 @@ class Clients:
         elif isinstance(message, ResumeRequest):
             self._resumptions.resume(connection, account, message)
         elif isinstance(message, TakeBatches):
-            self._front.connections.take_batches(connection)
+            self._front.take_batches(connection)
         elif not isinstance(message, CancelRequest):
             self._queries.on_query(connection, account, message)
         elif (request := self._table.get(connection, message.id)) is not None:

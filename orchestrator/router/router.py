@@ -169,7 +169,7 @@ class Router:
             self._check_id(received.connection, message.id)
             self.questions.ask(received.connection, message, {str(name): value for name, value in data.items()})
         elif isinstance(message, TakeBatches):
-            self._front.connections.take_batches(received.connection)
+            self._front.take_batches(received.connection)
         elif isinstance(message, CancelRequest):
             self._cancel(received.connection, message.id)
 

@@ -125,14 +125,9 @@ class Connections:
         found = self._by_name.get(connection)
         return "" if found is None else found.owner
 
-    def take_batches(self, connection: bytes) -> None:
-        """Note that a connection reads arrays of messages."""
-        if (found := self._by_name.get(connection)) is not None:
-            found.takes_batches = True
-
-    def takes_batches(self, connection: bytes) -> bool:
-        found = self._by_name.get(connection)
-        return found is not None and found.takes_batches
+    def named(self, connection: bytes) -> OpenConnection | None:
+        """Return an open connection that has sent a message."""
+        return self._by_name.get(connection)
 
     def has_room(self, connection: bytes, nbytes: int) -> bool:
         """Return whether libzmq may be handed so many bytes more for a connection, and count them then."""
@@ -208,16 +203,17 @@ class Connections:
             self.update(())
             self.accept_more()
 
-    def introduce(self, connection: bytes, frame: zmq.Frame, origin: str, owner: str) -> bool:
-        """Note whose ``connection`` is by a ``frame`` of its message; return False if it has ended.
-
-        For one that is known this costs a look-up.
-        """
+    def hear(self, connection: bytes) -> tuple[str, str] | None:
+        """Note a message of a connection; return its identity and owner, None if it has to be introduced first."""
         known = self._by_name.get(connection)
-        if known is not None:
-            known.is_heard = True
-            known.num_heard += 1
-            return True
+        if known is None:
+            return None
+        known.is_heard = True
+        known.num_heard += 1
+        return known.peer
+
+    def introduce(self, connection: bytes, frame: zmq.Frame, origin: str, owner: str, identity: str = "") -> bool:
+        """Note whose ``connection`` is by a ``frame`` of its message; return False if it has ended."""
         try:
             fd = int(frame.get("__fd"))
         except (zmq.ZMQError, ValueError):  # not from a descriptor
@@ -229,7 +225,7 @@ class Connections:
             return found is not None
         self._prove(found, owner, is_bounded=not found.name)  # else it may be named by what another has left behind
         self._by_name.pop(found.name, None)
-        found.name, found.is_heard = connection, True
+        found.name, found.peer, found.is_heard = connection, (identity, owner), True
         self._by_name[connection] = found
         return True
 

@@ -177,13 +177,14 @@ class FrontSocket:
         except zmq.Again:
             return None
         frames: list[bytes] = []
-        identity, owner, is_open = "", "", True
+        known, is_open = self.connections.hear(connection), True
+        identity, owner = known or ("", "")
         has_more = True  # of a ROUTER: at least one frame follows that with the name of the connection
         while has_more and len(frames) <= framing.MAX_FRAMES:
             frame = self.socket.recv(_NOBLOCK, copy=False)
-            if not frames:
+            if known is None and not frames:  # asking libzmq takes longer than receiving a short message
                 identity, origin, owner = _peer_of(_property_of(frame, "User-Id"), _property_of(frame, "Peer-Address"))
-                is_open = self.connections.introduce(connection, frame, origin, owner)
+                is_open = self.connections.introduce(connection, frame, origin, owner, identity)
             frames.append(frame.bytes)
             has_more = frame.more
         if has_more:
@@ -221,11 +222,17 @@ class FrontSocket:
 
     def send_body(self, connection: bytes, body: bytes) -> None:
         """Send a message, of which ``body`` is the map, as `send` does."""
-        if self.connections.takes_batches(connection):
+        found = self.connections.named(connection)
+        if found is not None and found.takes_batches:
             if connection not in self._lost:
                 self._batches.add(connection, body)
         else:
             self._send_now(connection, body)
+
+    def take_batches(self, connection: bytes) -> None:
+        """Send a connection several messages at once from now on."""
+        if (found := self.connections.named(connection)) is not None:
+            found.takes_batches = True
 
     def send_batches(self) -> None:
         """Send what was kept for clients that read several messages at once. Call it at the end of a turn."""

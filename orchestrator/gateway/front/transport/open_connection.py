@@ -17,6 +17,8 @@ class OpenConnection:
     is_proven: bool = False
     name: bytes = b""
     """The ROUTER's id, once it has sent a message."""
+    peer: tuple[str, str] = ("", "")
+    """Its identity and owner, as its first message has said."""
     takes_batches: bool = False
     """It has said that it reads arrays of messages."""
     end_at_s: float | None = None

@@ -81,7 +81,7 @@ class Pair:
         self.peer.connect(self.front.endpoint)
         self.peer.send_multipart(framing.pack({"id": 1}))
         self.connection = eventually(self._received)
-        self.front.connections.take_batches(self.connection)
+        self.front.take_batches(self.connection)
 
     def _received(self) -> bytes:
         self.front.admit()
