@@ -18,8 +18,8 @@ from mgpu.protocol.internal.http_spec import HttpOptions
 log = logging.getLogger(__name__)
 
 _HOST_NAME = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
-PACKAGES = ("starlette", "uvicorn")
-"""What the extra ``http`` brings, and nothing works without."""
+PACKAGES = ("starlette", "uvicorn", "httptools")
+"""What the extra ``http`` brings, and HTTP is not served without: bounds of connections are those of httptools."""
 
 
 def http_address(config: ServeConfig, is_typed: bool) -> HttpAddress | None:

@@ -6,14 +6,16 @@ import resource
 import socket
 import ssl
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from mgpu.orchestrator.http.app import make_app
+from mgpu.orchestrator.http.edge.connections import BoundedProtocol
 from mgpu.orchestrator.http.edge.guard import ApiKeys
 from mgpu.orchestrator.http.edge.hosts import Hosts
+from mgpu.orchestrator.http.edge.tls import TlsHandshake
 from mgpu.orchestrator.http.routes.call import Served
 from mgpu.protocol.client.async_client import AsyncClient
 from mgpu.protocol.client.backlog import UnreadBounds
@@ -104,12 +106,8 @@ def _config(app: ASGIApp, options: HttpOptions) -> uvicorn.Config:
     )
 
 
-def _protocol(options: HttpOptions) -> Literal["h11"] | type[asyncio.Protocol]:
-    """Return the bounded protocol on httptools; h11, which has a bound for heads only, where that is not installed."""
-    try:
-        from mgpu.orchestrator.http.edge.connections import BoundedProtocol
-    except ImportError:
-        return "h11"
+def _protocol(options: HttpOptions) -> type[BoundedProtocol]:
+    """Return the protocol of connections, with its bounds."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - OWN_FILES
     BoundedProtocol.most_connections = min(options.max_connections, most)
     BoundedProtocol.head_timeout_s = options.head_timeout_s
@@ -131,11 +129,6 @@ class _Server(uvicorn.Server):
 
     def _bound_handshakes(self, context: ssl.SSLContext) -> None:
         """Let connections be accepted without TLS, and begin it where they are counted."""
-        try:
-            from mgpu.orchestrator.http.edge.connections import BoundedProtocol
-            from mgpu.orchestrator.http.edge.tls import TlsHandshake
-        except ImportError:  # h11: asyncio has a bound for the time of a handshake alone
-            return
 
         def accept(**named: Any) -> TlsHandshake:
             return TlsHandshake(BoundedProtocol(**named), context)

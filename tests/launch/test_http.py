@@ -39,12 +39,14 @@ def test_http_in_the_clear_is_warned_of_beyond_the_loopback_only(
     assert ("is not encrypted" in caplog.text) is warns
 
 
+@pytest.mark.parametrize("lacking", [{"starlette", "uvicorn", "httptools"}, {"httptools"}])
 def test_without_the_packages_the_default_is_left_out_and_a_wish_is_an_error(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    lacking: set[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    """Also without httptools alone, though uvicorn has h11: connections have no bounds there."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in lacking else name)
     assert http_address(ServeConfig(), is_typed=False) is None
-    assert "pip install 'mgpu[http]'" in caplog.text
+    assert "httptools; type: pip install 'mgpu[http]'" in caplog.text
     with pytest.raises(UserError, match=r"mgpu\[http\]"):
         http_address(ServeConfig(), is_typed=True)
     assert http_address(ServeConfig(http="none"), is_typed=True) is None
