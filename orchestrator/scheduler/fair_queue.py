@@ -169,6 +169,10 @@ class FairQueue:
         found = self._all.parts.get(number)
         return 0 if found is None else found.num_waiting
 
+    def in_line(self) -> set[int]:
+        """Return the accounts with sequences in line that are not held."""
+        return {part.number for _, entry, part in self._all.line if part.entry == entry and part.num_waiting}
+
     def head(self) -> Sequence | None:
         """Return the sequence whose turn it is, without taking it."""
         account = self._head_line()[-1]

@@ -29,8 +29,13 @@ class RowPool:
         """(step, row, sequence): the row is free when the result of ``step`` has arrived."""
 
     @property
-    def has_free(self) -> bool:
-        return bool(self._free)
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_to_come(self) -> int:
+        """Rows that are free now or will be when the steps in flight are over."""
+        return len(self._free) + len(self._leaving)
 
     def take(self, seq: Sequence) -> None:
         """Assign a free row to a sequence."""

@@ -21,12 +21,14 @@ kept for 16 steps; then 4 tokens of them are computed in each step, and H has fi
 sequences that decode has no room for a 9th. A decodes nothing with such prompts, so H's own prompts are computed as if
 it were alone.
 
-A token counts for more if it is costly to choose (`Sequence.token_cost`). An owner that runs alone has no bound, and
-what runs already is not stopped for others. With one owner in all, as on a server that is used over HTTP alone, nothing
-is different from first come, first served.
+An owner that came alone may have all rows and blocks. Its sequences that began last are preempted for an owner with few
+(step_planner.py), until that has half as many, and while there are others it leaves some room free for their next one.
+
+A token counts for more if it is costly to choose (`Sequence.token_cost`). An owner that runs alone has no bound. With
+one owner in all, as on a server that is used over HTTP alone, nothing is different from first come, first served.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from mgpu.orchestrator.scheduler.sequence import Sequence
 
@@ -58,6 +60,8 @@ class RunningShares:
         self.prompt_room_beside: RoomBeside = unlimited
         self.num_waiting: Callable[[int], int] = lambda _owner: FEW
         """How many sequences of an owner are in line."""
+        self.in_line: Callable[[], set[int]] = set
+        """The owners that are in line and not held."""
         self.clear()
 
     def clear(self) -> None:
@@ -140,11 +144,32 @@ class RunningShares:
         if owner not in self._running:
             self._recent[owner] = self._step + RECENT_STEPS
 
+    def lacks(self, owner: int) -> bool:
+        """Return whether an owner with few would run at most half of what another does with one sequence more."""
+        others = max((count for each, count in self._num_running.items() if each != owner), default=0)
+        return 2 * (self._num_running.get(owner, 0) + 1) <= others and self._has_few(owner)
+
+    def leaves_room(self, owner: int) -> bool:
+        """Return whether an owner must leave some room free: it runs the most, and there are others."""
+        return self._are_several and self._num_running.get(owner, 0) >= max(self._num_running.values())
+
+    def victim_for(self, seq: Sequence, candidates: Collection[Sequence]) -> Sequence:
+        """Return the sequence to preempt: of the owner that runs the most, the one that began last.
+
+        Nobody who runs less than twice as much has older sequences preempted. So the oldest of all is sure to end.
+        """
+        most = 2 * self._num_running.get(seq.account[0], 0)
+        fit = [each for each in candidates if each.turn >= seq.turn >= 0 or self._num_running[each.account[0]] > most]
+        return max(fit, key=lambda each: (self._num_running[each.account[0]], each.turn))
+
     def full(self) -> set[int]:
-        """Return the owners that may begin nothing now."""
-        if not self._are_several:
-            return set()
-        return {owner for owner in self._running | self._kept if self._is_full(owner)}
+        """Return the owners that may begin nothing now: they fill their room, or another one lacks what they have."""
+        full: set[int] = set()
+        if self._are_several:
+            full = {owner for owner in self._running | self._kept if self._is_full(owner)}
+        if self._running and any(self.lacks(owner) for owner in self.in_line() - full):
+            full |= {owner for owner in self._running if not self.lacks(owner)}
+        return full
 
     def prompt_tokens(self, seq: Sequence) -> int:
         """Return how many tokens of a prompt may be computed in this step."""

@@ -32,7 +32,8 @@ class Scheduler:
         self._waiting = WaitingLine()
         self._outputs = StepOutputs()
         self.shares = RunningShares()
-        self.shares.num_waiting = self._waiting.num_new_of
+        self.shares.num_waiting, self.shares.in_line = self._waiting.num_new_of, self._waiting.new_owners
+        self._waiting.lacks = self.shares.lacks
         self._planner = StepPlanner(limits, self._waiting, self.counters, self.shares, epoch=0, next_step=0)
 
     # -- what the engine asks ------------------------------------------------------------------------------------------

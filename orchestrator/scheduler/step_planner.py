@@ -26,6 +26,9 @@ from mgpu.orchestrator.scheduler.snapshots import Snapshots
 from mgpu.orchestrator.scheduler.waiting import WaitingLine
 from mgpu.protocol.internal.worker_messages import StepPlan, StepResult
 
+SPARE = 1 / 16
+"""Of rows and blocks: what the owner that runs the most leaves free while there are others."""
+
 
 @dataclass(slots=True)
 class StepRecord:
@@ -65,8 +68,8 @@ class StepPlanner:
         self._solo_run = SoloRun()
         self._begun: list[Sequence] = []
         """Those that have begun to run since `take_begun`."""
-        self._blocked: tuple[int, Sequence] | None = None
-        """(changes, sequence): the first in line has to wait until the blocks change."""
+        self._blocked: tuple[int, Sequence, float] | None = None
+        """(changes, sequence, spare): the first in line has to wait until the blocks change, or what stays free."""
 
     def plan_next(self) -> StepPlan | None:
         """Plan the next step. None when the pipeline is full or there is nothing to compute.
@@ -132,6 +135,7 @@ class StepPlanner:
         plan = StepPlan(self.epoch, step, self._rows.to_free, [], [], [], [], [], [], [])
         self._even_out(index)
         self._shares.begin_step()
+        self._make_room()
         sampled = self._plan_decode(batch, plan)
         prefilled = self._plan_prefill(batch, plan, sampled)
         if plan.rows:
@@ -154,11 +158,13 @@ class StepPlanner:
     def _plan_decode(self, batch: DecodeBatch, plan: StepPlan) -> list[Sequence]:
         """Plan one token for every member and return the members."""
         due = batch.due()
+        grown: set[Sequence] = set()
         for seq in due:
             if batch.holds(seq) and batch.needs_block(seq):
                 self.blocks.register(seq, batch.starts[seq.slot])
                 self._save(seq, self.blocks.save_answer(seq), plan)
-                self._grow(seq, plan)
+                self._grow(seq, plan, grown)
+                grown.add(seq)
         count = len(batch.members)
         if not count:
             return []
@@ -182,10 +188,13 @@ class StepPlanner:
             plan.save_rows.append(seq.row)
             plan.save_slots.append(slot)
 
-    def _grow(self, seq: Sequence, plan: StepPlan) -> None:
-        """Append a block to a decoding sequence; while none is free, preempt the sequence that began last."""
+    def _grow(self, seq: Sequence, plan: StepPlan, grown: set[Sequence]) -> None:
+        """Append a block to a decoding sequence; while none is free, preempt one of those that began last.
+
+        Not one that has ``grown`` in this step: the plan has its block.
+        """
         while (block := self.blocks.grow(seq)) is None:
-            victim = max(self.admitted.values(), key=lambda each: each.turn)
+            victim = self._shares.victim_for(seq, [each for each in self.admitted.values() if each not in grown])
             self._preempt(victim)
             if victim is seq:
                 return
@@ -239,19 +248,37 @@ class StepPlanner:
 
     # -- admission -----------------------------------------------------------------------------------------------------
 
+    def _make_room(self) -> None:
+        """Preempt sequences for the first in line, if it is new and its owner runs much less than another.
+
+        Before anything of the step is planned: what leaves is in no step from this one on.
+        """
+        self._waiting.hold(self._shares.full())
+        while (seq := self._waiting.first()) is not None and seq.turn < 0 and self._shares.lacks(seq.account[0]):
+            if self._solo_run.holds_back(seq, is_idle=False):
+                return
+            num_blocks = -(-len(seq.tokens) // self._limits.block_size) + len(self.admitted)
+            if self._rows.num_to_come and num_blocks <= self.blocks.pool.num_free:
+                return
+            self._preempt(self._shares.victim_for(seq, self.admitted.values()))
+
     def _admit_next(self) -> Sequence | None:
         """Assign a row and blocks to the first in line and return it. None when it must wait: no other overtakes it."""
         self._waiting.hold(self._shares.full())
         seq = self._waiting.first()
-        if seq is None or not self._rows.has_free or self._blocked == (self.blocks.changes, seq):
+        if seq is None:
+            return None
+        spare = SPARE if self._shares.leaves_room(seq.account[0]) else 0.0
+        is_blocked = self._blocked == (self.blocks.changes, seq, spare)
+        if is_blocked or self._rows.num_free <= int(spare * self._limits.max_rows):
             return None
         if self._shares.prompt_tokens(seq) < 1:
             return None
         if self._solo_run.holds_back(seq, is_idle=not self.admitted and not self.in_flight):
             return None
         # One block per running sequence stays free, so that the newcomer is not preempted right away.
-        if not self.blocks.take(seq, reserve=len(self.admitted)):
-            self._blocked = (self.blocks.changes, seq)
+        if not self.blocks.take(seq, reserve=len(self.admitted) + int(spare * self._limits.num_blocks)):
+            self._blocked = (self.blocks.changes, seq, spare)
             return None
         if seq.turn < 0:
             seq.cached_tokens = min(seq.num_computed, seq.prompt_len)

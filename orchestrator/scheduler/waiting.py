@@ -1,10 +1,11 @@
 """The sequences that wait for a row: first those that have run before, in their old order, then new ones in fair order.
 
-Of those that have run, crash suspects come first: each runs alone, so the others then start only once.
+Of those that have run, crash suspects come first: each runs alone, so the others then start only once. A new sequence
+of an owner that runs much less than another comes before all but these (`RunningShares.lacks`).
 """
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from mgpu.orchestrator.scheduler.crash_suspects import is_suspect
 from mgpu.orchestrator.scheduler.fair_queue import FairQueue
@@ -19,10 +20,16 @@ class WaitingLine:
         self._returning: list[tuple[bool, int, Sequence]] = []
         """Heap by turn. A sequence that has begun goes first: its computed blocks may still be in the pool."""
         self._turns = 0
+        self.lacks: Callable[[int], bool] = lambda _owner: False
+        """Whether an owner's new sequences come before those that have run."""
 
     def hold(self, owners: set[int]) -> None:
         """Let no new sequences of these owners come to the front until the next call; see running_shares.py."""
         self._new.hold(owners)
+
+    def new_owners(self) -> set[int]:
+        """Return the owners of sequences that wait for their first row and are not held."""
+        return self._new.in_line()
 
     def num_new_of(self, owner: int) -> int:
         """Return how many sequences of an owner wait for their first row."""
@@ -44,11 +51,19 @@ class WaitingLine:
         """Return the sequence that runs next, without taking it."""
         while self._returning and self._returning[0][-1].finished:
             heapq.heappop(self._returning)
-        return self._returning[0][-1] if self._returning else self._new.head()
+        new = self._new.head()
+        if not self._returning or (new is not None and self._overtakes(new)):
+            return new
+        return self._returning[0][-1]
+
+    def _overtakes(self, new: Sequence) -> bool:
+        return not is_suspect(self._returning[0][-1]) and self.lacks(new.account[0])
 
     def take_first(self) -> Sequence:
         """Take the sequence that runs next. A new one gets its turn, and its account is charged."""
-        if self._returning:
+        seq = self.first()
+        assert seq is not None, "no sequence waits"
+        if seq.turn >= 0:
             return heapq.heappop(self._returning)[-1]
         seq = self._new.pop()
         seq.turn, self._turns = self._turns, self._turns + 1

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from harness.servers.fake_model import FakeModel
+from harness.scheduler_driver import Harness, prompt_of
+from harness.servers.fake_model import FakeModel, solo_tokens
 from mgpu.orchestrator.scheduler.limits import Limits
 from mgpu.orchestrator.scheduler.running_shares import BESIDE_FEW, FEW, KEPT_STEPS, LEAST_PART, RECENT_STEPS
 from mgpu.orchestrator.scheduler.scheduler import Scheduler
@@ -22,10 +23,10 @@ COSTLY = RowSampling(temperature=1.0, top_p=0.5, num_logprobs=20, logit_bias=Log
 class Server:
     """A scheduler whose steps take a time by their tokens, and a model that computes them."""
 
-    def __init__(self, room: int) -> None:
-        self.scheduler = Scheduler(LIMITS)
+    def __init__(self, room: int, limits: Limits = LIMITS) -> None:
+        self.scheduler = Scheduler(limits)
         self.scheduler.shares.room_beside = self.scheduler.shares.prompt_room_beside = lambda *_: room
-        self.model = FakeModel(LIMITS.num_blocks, LIMITS.block_size, 1)
+        self.model = FakeModel(limits.num_blocks, limits.block_size, 1)
         self.owner_of: dict[int, int] = {}
         self.rows: dict[int, int] = {}
         self.ended: list[int] = []
@@ -200,6 +201,71 @@ def test_a_row_in_line_fills_no_small_step() -> None:
     assert server.running(OTHER) == 1
 
 
+FEW_ROWS, FEW_BLOCKS = replace(LIMITS, max_rows=16), replace(LIMITS, num_blocks=400)
+
+
+@pytest.mark.parametrize("limits", [FEW_ROWS, FEW_BLOCKS], ids=["rows", "blocks"])
+def test_who_comes_later_waits_for_no_end_of_long_requests(limits: Limits) -> None:
+    server = Server(1000, limits)
+    for _ in range(40):
+        server.submit(OTHER, prompt=40, max_tokens=300)
+    for _ in range(5):
+        server.step()
+    for _ in range(4):
+        server.submit(HONEST, max_tokens=30)
+    for _ in range(12):
+        server.step()
+    assert server.running(HONEST) == 4
+    assert server.running(OTHER) >= 8
+    assert not server.ended
+    for _ in range(5000):
+        if not server.step():
+            break
+        server.scheduler.check_integrity()
+    assert sorted(server.ended) == list(server.owner_of)
+
+
+def test_a_row_of_short_requests_preempts_long_ones_once() -> None:
+    server = Server(1000, FEW_ROWS)
+    for _ in range(40):
+        server.submit(OTHER, prompt=40, max_tokens=900)
+    for _ in range(5):
+        server.step()
+    for _ in range(20):
+        number = server.submit(HONEST, max_tokens=5)
+        while number not in server.ended:
+            server.step()
+    assert server.scheduler.counters.preemptions == 1, "then a row stays free for the next"
+
+
+def test_what_grows_preempts_nobody_who_runs_less() -> None:
+    server = Server(1000, FEW_BLOCKS)
+    for _ in range(10):
+        server.submit(OTHER, prompt=100, max_tokens=300)
+    for _ in range(3):
+        server.step()
+    number = server.submit(HONEST, max_tokens=100)
+    for _ in range(110):
+        server.step()
+    assert number in server.ended
+    assert server.scheduler.counters.preemptions > 2
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_making_room_changes_no_token(seed: int, stages: int) -> None:
+    rng = random.Random(f"{seed}/{stages}")
+    harness = Harness(num_stages=stages, num_blocks=rng.choice([30, 60]), max_rows=rng.choice([6, 24]))
+    asked = {number: (prompt_of(number, rng.randrange(1, 24)), rng.randrange(1, 40)) for number in range(40)}
+    for number, (prompt, max_tokens) in asked.items():
+        harness.submit(number, prompt, max_tokens, account=rng.choice([1, 1, 1, 2, 3]))
+        num_plans = len(harness.plans) + rng.randrange(4)
+        harness.run(until=lambda num_plans=num_plans: len(harness.plans) >= num_plans)
+    harness.run()
+    assert harness.scheduler.counters.preemptions > 0
+    assert harness.tokens == {number: solo_tokens(*each) for number, each in asked.items()}
+
+
 def test_owners_that_have_gone_are_forgotten_while_others_run() -> None:
     server = Server(room=1000)
     for owner in (HONEST, OTHER):
@@ -215,7 +281,8 @@ def test_owners_that_have_gone_are_forgotten_while_others_run() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_everything_ends_whatever_room_there_is(seed: int) -> None:
     rng = random.Random(seed)
-    server = Server(room=1)
+    limits = replace(LIMITS, num_blocks=80, max_rows=8) if seed % 2 else LIMITS
+    server = Server(1, limits)
     shares = server.scheduler.shares
     shares.room_beside = shares.prompt_room_beside = lambda *_: rng.choice([1, 1, 5, 1000])
     for _ in range(300):
@@ -224,8 +291,8 @@ def test_everything_ends_whatever_room_there_is(seed: int) -> None:
         server.step()
         if rng.random() < 0.01:
             server.scheduler.forget_workers("boom")
-            server.scheduler.use_workers(server.scheduler._planner.epoch + 1, LIMITS.num_blocks)
-            server.model = FakeModel(LIMITS.num_blocks, LIMITS.block_size, 1)
+            server.scheduler.use_workers(server.scheduler._planner.epoch + 1, limits.num_blocks)
+            server.model = FakeModel(limits.num_blocks, limits.block_size, 1)
         server.scheduler.check_integrity()
     for _ in range(20_000):
         if not server.step():
