@@ -7,6 +7,7 @@ SIGKILL, as often and in the order that `--faults` says, and copies are started 
 """
 
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -57,6 +58,8 @@ class Streams:
                 try:
                     tokens = self._stream(client, seed)
                 except MgpuError as error:
+                    if self._stopping.is_set():
+                        return
                     self._count("lost")
                     print(f"lost: {type(error).__name__}: {error}", file=sys.stderr)
                     continue
@@ -94,9 +97,10 @@ class Streams:
         return counts, gap_s
 
     def stop(self) -> None:
+        """Let what still runs count no more, and wait for it."""
         self._stopping.set()
         for thread in self._threads:
-            thread.join(120.0)
+            thread.join(20.0)
 
 
 def victim_of(server: ServerProcess, kind: str, rng: random.Random) -> psutil.Process:
@@ -162,7 +166,8 @@ def main() -> None:
             endpoint = server.wait_ready()
             report = Report("kills", "mgpu", SHOWN, options.save)
             streams = Streams(endpoint, options.streams, options.tokens)
-            with Client(endpoint) as client:
+            with contextlib.ExitStack() as at_end, Client(endpoint) as client:
+                at_end.callback(streams.stop)
                 for kind, times in options.faults:
                     before = client.stats()["router_moved"]
                     if kind == "roll":
@@ -177,7 +182,6 @@ def main() -> None:
                     report.add(
                         {"fault": fault, "times": times, **row, "moved": moved, "longest gap, s": round(gap_s, 1)}
                     )
-            streams.stop()
             os.kill(server.process.pid, signal.SIGTERM)
     if not is_good:
         raise SystemExit("streams were lost or different")
