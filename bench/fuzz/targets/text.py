@@ -15,8 +15,8 @@ from mgpu.orchestrator.gateway.text.detokenizer import Detokenizer
 from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError, build_tokenizer
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec, load_codec
 
-BYTE_LEVEL = ("gpt-2", "smollm", "llama-bpe", "qwen2", "tekken")
-PLAIN = ("gpt-2", "smollm", "llama-bpe", "tekken")
+BYTE_LEVEL = ("gpt-2", "smollm", "llama-bpe", "qwen2", "qwen35", "tekken", "gpt-4o", "deepseek-v3")
+PLAIN = ("gpt-2", "smollm", "llama-bpe", "tekken", "gpt-4o", "deepseek-v3")
 """Those whose tokens, put together, are the text."""
 SHAPES = (*BYTE_LEVEL, "sentence-piece", "sentence-piece-bare", "unigram", "added", "words")
 WORDS = (

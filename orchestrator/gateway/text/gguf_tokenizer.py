@@ -1,33 +1,27 @@
 """Build a `tokenizers.Tokenizer` from the vocabulary inside a GGUF file.
 
-Two models cover the supported families: ``gpt2`` (byte-level BPE with its merges listed) and ``llama`` (SentencePiece
-BPE, whose merges follow from the scores). The pre-tokenizer, which GGUF only names, must be the very one that
-the model was trained with; an unknown name is refused rather than approximated.
+Three models cover the supported families: ``gpt2`` (byte-level BPE with its merges listed), ``llama`` (SentencePiece
+BPE, whose merges follow from the scores) and ``gemma4`` (the same with its merges listed). The pre-tokenizer, which
+GGUF only names, must be the very one that the model was trained with; an unknown name is refused, not approximated.
 """
 
 from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
+from mgpu.orchestrator.gateway.text.pre_tokenizers import (
+    LLAMA3_NAMES,
+    PRE_TOKENIZERS,
+    ignores_merges,
+    normalizer_of,
+    pre_tokenizer_of,
+)
 from mgpu.protocol.checkpoint.gguf.tokens import SENTENCE_PIECE_IDS, hidden_texts, shown_texts
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """``tokenizer.ggml.token_type``."""
-
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}"
-_QWEN2 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}"
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3", "smaug-bpe", "falcon3")
-PRE_TOKENIZERS = ("gpt-2", "smollm", *_LLAMA3_NAMES, "qwen2", "deepseek-r1-qwen", "tekken")
 
 
 class TokenizerError(ValueError):
@@ -51,9 +45,14 @@ def _build(metadata: Mapping[str, object]) -> Tokenizer:
     if model == "gpt2":
         tokenizer = _byte_level(metadata, tokens)
     elif model == "llama":
-        tokenizer = _sentence_piece(metadata, tokens, kinds)
+        scores = _numbers(metadata.get("tokenizer.ggml.scores"), "scores", len(tokens))
+        tokenizer = _sentence_piece(metadata, tokens, kinds, _merges_of(tokens, kinds, scores))
+    elif model == "gemma4":
+        tokenizer = _sentence_piece(metadata, tokens, kinds, _listed_merges(metadata))
     else:
-        raise TokenizerError(f"tokenizer model {model!r} is not supported (gpt2 and llama are); send token ids instead")
+        raise TokenizerError(
+            f"tokenizer model {model!r} is not supported (gpt2, llama and gemma4 are); send token ids instead"
+        )
     _add_special_tokens(tokenizer, tokens, kinds)
     _add_ends(tokenizer, metadata)
     return tokenizer
@@ -85,15 +84,18 @@ def _byte_level(metadata: Mapping[str, object], tokens: list[str]) -> Tokenizer:
             f"pre-tokenizer {pre!r} is not supported (supported: {known}); "
             "use the model's Hugging Face folder, which has a tokenizer.json, or send token ids"
         )
-    merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in _strings(metadata, "merges"))]
-    ignore_merges = pre in _LLAMA3_NAMES or pre == "tekken"
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, fuse_unk=False, ignore_merges=ignore_merges))
-    if pre in ("qwen2", "deepseek-r1-qwen"):
-        tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_pre_tokenizers(pre))
+    model = models.BPE(vocabulary, _listed_merges(metadata), fuse_unk=False, ignore_merges=ignores_merges(pre))
+    tokenizer = Tokenizer(model)
+    if (normalizer := normalizer_of(pre)) is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizer_of(pre)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def _listed_merges(metadata: Mapping[str, object]) -> list[tuple[str, str]]:
+    return [(left, right) for left, _, right in (merge.partition(" ") for merge in _strings(metadata, "merges"))]
 
 
 def _pre_tokenizer_name(metadata: Mapping[str, object], tokens: list[str]) -> str:
@@ -110,26 +112,13 @@ def _pre_tokenizer_name(metadata: Mapping[str, object], tokens: list[str]) -> st
     return str(pre)
 
 
-def _pre_tokenizers(pre: str) -> list[pre_tokenizers.PreTokenizer]:
-    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    if pre == "gpt-2":
-        return [plain]
-    if pre == "smollm":
-        return [pre_tokenizers.Digits(individual_digits=True), plain]
-    pattern = _TEKKEN if pre == "tekken" else _LLAMA3 if pre in _LLAMA3_NAMES else _QWEN2
-    return [
-        pre_tokenizers.Split(Regex(pattern), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]
-
-
-def _sentence_piece(metadata: Mapping[str, object], tokens: list[str], kinds: Sequence[int]) -> Tokenizer:
-    scores = _numbers(metadata.get("tokenizer.ggml.scores"), "scores", len(tokens))
+def _sentence_piece(
+    metadata: Mapping[str, object], tokens: list[str], kinds: Sequence[int], merges: list[tuple[str, str]]
+) -> Tokenizer:
     vocabulary = {token: number for number, token in enumerate(tokens)}
     unknown = next((token for token, kind in zip(tokens, kinds, strict=True) if kind == UNKNOWN), None)
     if unknown is None:
         unknown = special_token(metadata, "unknown")
-    merges = _merges_of(tokens, kinds, scores)
     model = models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
     steps: list[normalizers.Normalizer] = [normalizers.Replace(" ", "▁")]
@@ -177,7 +166,7 @@ def _add_special_tokens(tokenizer: Tokenizer, tokens: list[str], kinds: Sequence
 def _add_ends(tokenizer: Tokenizer, metadata: Mapping[str, object]) -> None:
     """Put BOS before a text and EOS behind it, as the file asks; else BOS where models of its kind have one."""
     pre = _pre_tokenizer_name(metadata, _strings(metadata, "tokens"))
-    usual = metadata.get("tokenizer.ggml.model") == "llama" or pre in (*_LLAMA3_NAMES, "tekken")
+    usual = metadata.get("tokenizer.ggml.model") == "llama" or pre in (*LLAMA3_NAMES, "tekken")
     bos = special_token(metadata, "bos") if metadata.get("tokenizer.ggml.add_bos_token", usual) else None
     eos = special_token(metadata, "eos") if metadata.get("tokenizer.ggml.add_eos_token", False) else None
     ends = [(text, tokenizer.token_to_id(text)) for text in dict.fromkeys((bos, eos)) if text is not None]

@@ -15,7 +15,8 @@ import pytest
 from harness.models.model_files import gguf_bytes, string, string_array, u32
 from mgpu.orchestrator.gateway.text.chat_template import ChatPrompt
 from mgpu.orchestrator.gateway.text.detokenizer import Detokenizer, byte_level_table
-from mgpu.orchestrator.gateway.text.gguf_tokenizer import PRE_TOKENIZERS, TokenizerError, build_tokenizer
+from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError, build_tokenizer
+from mgpu.orchestrator.gateway.text.pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer_of
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec, load_codec
 
 GOLDEN = Path(__file__).parents[3] / "golden"
@@ -128,6 +129,23 @@ def test_digits_are_split_as_the_model_was_trained() -> None:
     assert digits("smollm") == digits("qwen2") == digits("tekken") == ["1", "2", "1", "2"]
 
 
+@pytest.mark.parametrize(("pre", "text", "pieces"), [
+    ("gpt-4o", "HelloWorld don't 1234//\n\nx", ["Hello", "World", " don't", " ", "123", "4", "//\n\n", "x"]),
+    ("llama4", "ABc", ["ABc"]),
+    ("tekken", "HelloWorld don't 12", ["Hello", "World", " don", "'t", " ", "1", "2"]),
+    ("qwen35", "हिन्दी 12", ["हिन्दी", " ", "1", "2"]),
+    ("qwen2", "हिन्दी", ["ह", "िन", "्द", "ी"]),
+    ("deepseek-v3", "x=(foo) 1234日本語です", ["x", "=(", "foo", ")", " ", "123", "4", "日本語です"]),
+    ("deepseek-v3", "a.b c", ["a", ".b", " c"]),
+    ("glm4", "it's 1234", ["it", "'s", " ", "123", "4"]),
+    ("refact", "a12", ["a", "1", "2"]),
+])  # fmt: skip
+def test_text_is_cut_as_the_model_was_trained(pre: str, text: str, pieces: list[str]) -> None:
+    table = byte_level_table()
+    cut = pre_tokenizer_of(pre).pre_tokenize_str(text)
+    assert [bytes(table[letter] for letter in piece).decode() for piece, _ in cut] == pieces
+
+
 def test_bos_follows_the_file_else_the_kind_of_model() -> None:
     bos = {"tokenizer.ggml.bos_token_id": 258}
     assert build_tokenizer(byte_level("gpt-2", **bos)).encode("x").ids[0] != 258
@@ -145,6 +163,15 @@ def sentence_piece(space_prefix: bool) -> dict[str, Any]:
         "tokenizer.ggml.token_type": [2, 3, 1, 1, 1, 1, 1, 1, 4, *[6] * 256], "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.unknown_token_id": 0, "tokenizer.ggml.add_space_prefix": space_prefix,
     }  # fmt: skip
+
+
+def test_a_sentence_piece_vocabulary_may_list_its_merges() -> None:
+    metadata = sentence_piece(False) | {"tokenizer.ggml.model": "gemma4", "tokenizer.ggml.merges": ["a b", "▁ a"]}
+    tokenizer = build_tokenizer(metadata)
+    assert [tokenizer.id_to_token(number) for number in tokenizer.encode(" ab\u00e9").ids] == [
+        "▁", "ab", "<0xC3>", "<0xA9>",
+    ]  # fmt: skip
+    assert tokenizer.decode(tokenizer.encode(" ab\u00e9").ids) == " ab\u00e9"
 
 
 def test_sentence_piece_merges_follow_the_scores_and_bytes_are_the_fallback() -> None:
