@@ -127,6 +127,7 @@ KERNEL_MODULES = tuple(
         "experts.choose_in_groups",
         "layers.embed",
         "experts.few",
+        "experts.few_packed",
         "experts.grouped",
         "experts.grouped_packed",
         "experts.grouped_scaled",

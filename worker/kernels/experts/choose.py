@@ -11,6 +11,7 @@ from mgpu.protocol.model.expert_facts import Clamp
 from mgpu.protocol.model.facts import Activation
 from mgpu.worker.kernels.experts.combine import PairRows
 from mgpu.worker.kernels.experts.few import SharedHalf, SharedNetwork, few_tokens
+from mgpu.worker.kernels.experts.few_packed import few_packed
 from mgpu.worker.kernels.experts.grouped import GroupedTiling, grouped_down, grouped_gate_up
 from mgpu.worker.kernels.experts.grouped_packed import PackedTiling, grouped_packed
 from mgpu.worker.kernels.experts.grouped_scaled import flat_stack, grouped_scaled
@@ -23,6 +24,8 @@ from mgpu.worker.quantization.packing import PackedWeight
 
 FEW_TOKENS = 4
 """Tokens up to which each pair of token and expert reads its weights by itself."""
+FEW_KINDS = ("fp4", "fp8")
+"""Kinds of weights with scales of groups of which `few_packed` was measured."""
 PACKED_TOKENS = 1024
 """Tokens beyond which quantized experts are dequantized once per step and layer."""
 
@@ -114,9 +117,25 @@ def routed_experts(
         assert isinstance(stacks.down, Tensor), "no stack is packed"
         matrices, gate = (stacks.gate_up, stacks.down), GATES[stacks.activation]
         return few_tokens(x_TD, *matrices, routing, stacks.first, gate, shared=stacks.shared, shared_TS=shared_TS)
+    if len(x_TD) <= FEW_TOKENS and _takes_few(stacks.gate_up):
+        return _few_packed_tokens(x_TD, stacks, routing)
     tiles = _tiles(routing[0].numel(), stacks, x_TD.dtype)
     pairs = sort_pairs(routing[0], stacks.first, stacks.count, tiles.block_m)
     return _grouped(x_TD, stacks, routing, pairs, tiles)
+
+
+def _takes_few(stack: Stack) -> bool:
+    return isinstance(stack, PackedWeight) and not stack.is_simple and stack.kind in FEW_KINDS
+
+
+def _few_packed_tokens(x_TD: Tensor, stacks: ExpertStacks, routing: tuple[Tensor, Tensor]) -> PairRows:
+    gate_up, down, first = stacks.gate_up, stacks.down, stacks.first
+    assert isinstance(gate_up, PackedWeight), "dense stacks have `few_tokens`"
+    assert isinstance(down, PackedWeight), "both stacks are packed"
+    gate, (bias, down_bias) = GATES[stacks.activation], stacks.biases
+    h_PF = few_packed(x_TD, gate_up, routing, first, gate, bias_NO=bias, clamp=stacks.clamp)
+    y_PD = few_packed(h_PF, down, routing, first, 0, bias_NO=down_bias)
+    return PairRows(y_PD, routing[0], first, stacks.count)
 
 
 def _tiles(pairs: int, stacks: ExpertStacks, dtype: torch.dtype) -> Tiles:

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
-"""Matrix-vector products of a single decode row with words of eight codes whose groups have scales of their own."""
+"""Matrix-vector products of a single decode row with packed weights whose groups have scales of their own."""
 
 # N output channels, K input channels
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mgpu.protocol.model.facts import Activation
 from mgpu.worker.kernels.products.gemv import GATES, store_outputs, weight_rows
-from mgpu.worker.kernels.products.group_parts import code_floats, group_arguments, group_factors, load_words
-from mgpu.worker.kernels.products.widen import widen_to_floats
+from mgpu.worker.kernels.products.group_parts import RUN_KINDS, group_arguments
+from mgpu.worker.kernels.products.group_rows import load_row_words, multiply_words
 from mgpu.worker.kernels.runtime import INTERPRETED, ceil_div, launch_options, overlaps_launches, wait_for_inputs
 from mgpu.worker.quantization.packing import PackedWeight
 
@@ -34,47 +34,18 @@ def _group_gemv_kernel(
     x_ptr, w_ptr, scale_ptr, zero_ptr, offset_ptr, super_ptr, high_ptr, table_ptr, bias_ptr, y_ptr,
     N, K, words_per_row, groups, supers,
     KIND: tl.constexpr, GROUP: tl.constexpr, SHARED: tl.constexpr,
-    GATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, EVEN: tl.constexpr, EVEN_K: tl.constexpr,
+    GATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, EVEN: tl.constexpr,
     OVERLAP: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
-    """Compute BLOCK_N outputs. EVEN: the words of a row fill whole steps of BLOCK_W; EVEN_K: and K fills the words."""
-    RUNS: tl.constexpr = BLOCK_W // 4
-    HAS_BIAS: tl.constexpr = KIND != 3 and KIND != 4
-    HALVES: tl.constexpr = 2 if GROUP == 16 else 1
+    """Compute BLOCK_N outputs; EVEN as in `multiply_words`."""
     rows = weight_rows(N, GATE, BLOCK_N)
-    column = tl.arange(0, BLOCK_W)
-    words, high = load_words(w_ptr, high_ptr, rows, column, words_per_row, EVEN)
+    words, high = load_row_words(w_ptr, high_ptr, rows, tl.arange(0, BLOCK_W), words_per_row, K, KIND, EVEN)
     wait_for_inputs(OVERLAP)
-    acc = tl.zeros([BLOCK_N, RUNS], tl.float32)
-    for first in range(0, words_per_row, BLOCK_W):
-        c = first + column
-        if first > 0:
-            words, high = load_words(w_ptr, high_ptr, rows, c, words_per_row, EVEN)
-        if KIND == 2:
-            floats = widen_to_floats(words, KIND, ASSEMBLY)
-        run = first // 4 + tl.arange(0, RUNS)
-        for half in tl.static_range(HALVES):
-            scale, bias = group_factors(
-                scale_ptr, zero_ptr, offset_ptr, super_ptr, rows, run * 32 + half * 16, groups, supers,
-                KIND, GROUP, SHARED,
-            )  # fmt: skip
-            word_sums = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)
-            x_sums = tl.zeros([BLOCK_W], tl.float32)
-            for index in tl.static_range(8 // HALVES):
-                k = c // 4 * 32 + (half * 4 + index) * 4 + c % 4
-                if EVEN_K:
-                    x = tl.load(x_ptr + k).to(tl.float32)
-                else:
-                    x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-                if KIND == 2:
-                    word_sums += floats[half * 4 + index] * x[None, :]
-                else:
-                    word_sums += code_floats(words, high, table_ptr, half * 4 + index, KIND) * x[None, :]
-                x_sums += x
-            acc += scale * tl.sum(tl.reshape(word_sums, [BLOCK_N, RUNS, 4]), 2)
-            if HAS_BIAS:
-                acc += bias * tl.sum(tl.reshape(x_sums, [RUNS, 4]), 1)[None, :]
-    store_outputs(tl.sum(acc, 1), rows, bias_ptr, y_ptr, N, GATE, BLOCK_N)
+    y = multiply_words(
+        words, high, x_ptr, w_ptr, scale_ptr, zero_ptr, offset_ptr, super_ptr, high_ptr, table_ptr, rows,
+        K, words_per_row, groups, supers, KIND, GROUP, SHARED, BLOCK_N, BLOCK_W, EVEN, ASSEMBLY,
+    )  # fmt: skip
+    store_outputs(y, rows, bias_ptr, y_ptr, N, GATE, BLOCK_N)
 
 
 def choose_tiling(weight: PackedWeight, gated: bool) -> GroupGemvTiling:
@@ -101,11 +72,11 @@ def group_gemv(
     tiling = tiling or choose_tiling(weight, gate is not None)
     out_1N = torch.empty(1, n, dtype=x_1K.dtype, device=x_1K.device)
     given = group_arguments(weight)
-    even = words_per_row % tiling.block_w == 0
+    codes = 8 if weight.kind in RUN_KINDS else 4
     _group_gemv_kernel[(ceil_div(outputs, tiling.block_n),)](
         x_1K, weight.words, *given.tensors, bias_N, out_1N, n, k, words_per_row, *given.sizes,
         *given.constants,
-        GATES[gate], tiling.block_n, tiling.block_w, even, even and k == words_per_row * 8,
+        GATES[gate], tiling.block_n, tiling.block_w, k % (codes * tiling.block_w) == 0,
         overlaps_launches(x_1K.device), not INTERPRETED, **launch_options(x_1K.device, tiling.num_warps, 1),
     )  # fmt: skip
     return out_1N

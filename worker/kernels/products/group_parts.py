@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mgpu.worker.kernels.products.dequantize_scaled import KINDS, load_scale
+from mgpu.worker.kernels.products.widen import split_scales
 from mgpu.worker.quantization.packing import NL4, PackedWeight
 
 RUN_KINDS = ("int4", "fp4", "nl4", "int6", "int5", "int3", "int2")
@@ -69,7 +70,10 @@ def group_factors(
     mask = (rows >= 0)[:, None] & (group >= 0)[None, :]
     places = rows[:, None] * groups + group[None, :]
     MIDDLE: tl.constexpr = 136.0 if KIND == 2 else 160.0 if KIND == 5 else 144.0 if KIND == 6 else 132.0
-    if super_ptr is None:
+    if scale_ptr.dtype.element_ty == tl.int32:  # words of two bfloat16, as `--quant 4` makes them
+        scale, offset = split_scales(tl.load(scale_ptr + places))
+        bias = offset - MIDDLE * scale
+    elif super_ptr is None:
         scale = load_scale(scale_ptr + (rows // SHARED)[:, None] * groups + group[None, :], mask)
         if offset_ptr is not None:
             bias = tl.load(offset_ptr + places).to(tl.float32) - 128.0 * scale

@@ -211,6 +211,26 @@ _INT4_FLOATS_ASM = tl.constexpr("""{
     prmt.b32 $7, high, 0x43000000, 0x7344;
 }""")
 
+# e2m1's exponent and mantissa, moved to float16's, are the value times 2^-14, its subnormal included. Codes that are
+# four apart lie in the two halves of a word.
+_FP4_FLOATS_ASM = tl.constexpr(
+    "{ .reg .b32 t, u; .reg .b16 h0, h1;"
+    + "".join(
+        f"""
+    {f"shl.b32 t, $8, {12 - 4 * part};" if part < 3 else "mov.b32 t, $8;"}
+    {f"shl.b32 u, $8, {9 - 4 * part};" if part < 3 else "shr.u32 u, $8, 3;"}
+    and.b32 t, t, 0x80008000;
+    lop3.b32 t, u, 0x0E000E00, t, 0xEA;
+    mov.b32 {{h0, h1}}, t;
+    cvt.f32.f16 ${part}, h0;
+    cvt.f32.f16 ${part + 4}, h1;"""
+        for part in range(4)
+    )
+    + "}"
+)
+FP4_SCALE = tl.constexpr(16384.0)
+"""What the results of `widen_fp4_to_floats` lack."""
+
 INT4_BIAS = tl.constexpr(136.0)
 """`widen_to_floats` leaves this added to int4 weights: subtracting it once from a sum is cheaper."""
 
@@ -250,4 +270,37 @@ def widen_to_floats(words, KIND: tl.constexpr, ASSEMBLY: tl.constexpr):
         )
     else:
         parts = widen_octets(words, KIND, tl.float32, False)
+    return parts
+
+
+@triton.jit
+def _e2m1(words, PART: tl.constexpr):
+    # Moved to float32's exponent and mantissa, it is the value times 2^-126.
+    bits = ((words << (28 - 4 * PART)) & -0x80000000) | (((words >> (4 * PART)) & 0x7) << 22)
+    return bits.to(tl.float32, bitcast=True) * 5.192296858534828e33
+
+
+@triton.jit
+def widen_fp4_to_floats(words, ASSEMBLY: tl.constexpr):
+    """Return the eight parts of each word of e2m1 as float32, divided by `FP4_SCALE`."""
+    if ASSEMBLY:
+        parts = tl.inline_asm_elementwise(
+            _FP4_FLOATS_ASM,
+            "=r,=r,=r,=r,=r,=r,=r,=r,r",
+            [words],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        parts = (
+            _e2m1(words, 0),
+            _e2m1(words, 1),
+            _e2m1(words, 2),
+            _e2m1(words, 3),
+            _e2m1(words, 4),
+            _e2m1(words, 5),
+            _e2m1(words, 6),
+            _e2m1(words, 7),
+        )
     return parts

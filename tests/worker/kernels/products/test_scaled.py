@@ -59,11 +59,13 @@ EVERY = {name: form for name, form in FORMS.items() if not form.is_ordered} | GG
 
 @pytest.mark.parametrize("name", EVERY)
 def test_products_equal_those_of_the_dequantized_weight(name: str) -> None:
-    weight = make(EVERY[name], (32,), 512)
+    form = EVERY[name]
+    inputs = 512 if form.block > 32 or form.group > 32 else 480  # not whole steps of words, if that may be
+    weight = make(form, (32,), inputs)
     dense = dequantize(weight, torch.float32)
     torch.testing.assert_close(dequantize_packed(weight, torch.float32), dense, rtol=1e-4, atol=1e-6)
     for rows in (1, 5):
-        x = torch.randn(rows, 512, device=DEVICE)
+        x = torch.randn(rows, inputs, device=DEVICE)
         expected = x @ dense.T + 1
         found = quantized_matmul(x, weight, torch.ones(32, device=DEVICE))
         assert float((found - expected).norm() / expected.norm()) < 1e-5
