@@ -1,6 +1,7 @@
 """How long steps take by their tokens, for the room that owners leave each other (scheduler/running_shares.py).
 
-Tokens and seconds are kept for each power of two of tokens: the median of the last steps. So a step that was slow for a
+Tokens and seconds are kept for each quarter of a power of two of tokens: the median of the last steps. Coarser sizes
+would take steps that are already longer by another owner's tokens for what they are without. A step that was slow for a
 reason of its own, such as the first of a size, for which kernels are compiled, teaches nothing. What lies between the
 sizes is interpolated. Steps that only decode are kept apart from those that also compute prompts: a token of a prompt
 may cost much less than one that is decoded, because nothing has to be chosen after it.
@@ -54,11 +55,11 @@ class _Usual:
 
     def __init__(self) -> None:
         self._last: dict[int, deque[tuple[int, float]]] = {}
-        """By power of two, and so are the others."""
+        """By size, and so are the others."""
         self._points: dict[int, tuple[float, float]] = {}
 
     def note(self, num_tokens: int, seconds: float) -> None:
-        size = num_tokens.bit_length()
+        size = _size_of(num_tokens)
         last = self._last.setdefault(size, deque(maxlen=LAST_STEPS))
         last.append((num_tokens, seconds))
         if len(last) >= LEAST_STEPS:
@@ -67,6 +68,12 @@ class _Usual:
 
     def points(self) -> Points:
         return [self._points[size] for size in sorted(self._points)]
+
+
+def _size_of(num_tokens: int) -> int:
+    """Return the number of a size: four for each power of two, such as 16 to 19, 20 to 23, 24 to 27 and 28 to 31."""
+    bits = max(1, num_tokens.bit_length())
+    return 4 * bits + (num_tokens << 2 >> bits - 1) % 4
 
 
 def _room(points: Points, num_tokens: int, slower: float) -> int:

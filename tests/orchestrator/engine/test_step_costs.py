@@ -31,6 +31,12 @@ def test_one_slow_step_of_a_size_makes_no_smaller_step_seem_quick() -> None:
     assert 12 <= room < 32
 
 
+def test_steps_that_another_owner_has_made_longer_are_no_measure_of_those_without() -> None:
+    """17 tokens of one owner, and 23 with what another decodes already."""
+    costs = costs_of((17, 0.025), (23, 0.031), (31, 0.039))
+    assert costs.room_beside(17, 4 / 3) == pytest.approx(8, abs=1)
+
+
 def test_before_anything_was_measured_time_grows_with_tokens() -> None:
     assert StepCosts().room_beside(12, 3 / 2) == 6
     assert StepCosts().room_beside(1, 3 / 2) == 1
