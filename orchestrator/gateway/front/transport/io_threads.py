@@ -12,8 +12,9 @@ import os
 import time
 from contextlib import suppress
 
-NICENESS = 10
-"""More than that of the process, and so a tenth of the weight of its own thread."""
+NICENESS = 7
+"""More than that of the process, and so a fifth of the weight of its own thread. With a tenth, a few dozen handshakes
+a second with keys took all of it, and first tokens five times as long."""
 
 
 def threads_of_process() -> frozenset[int]:

@@ -23,7 +23,7 @@ from mgpu.orchestrator.gateway.text.tokenizer import TextCodec, load_codec
 from mgpu.protocol.internal.process.child import end_with_parent
 from mgpu.protocol.internal.process.logs import configure_logging
 
-NICENESS = 10
+NICENESS = 8
 """Streams come first where there are too few cores for both."""
 _MAX_SPEC_BYTES = 1 << 16
 
