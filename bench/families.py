@@ -1,6 +1,6 @@
 """Measure the model families with linear or latent attention, or two kinds of heads, on one GPU and without a server.
 
-    python -m bench.families SHAPE [--rows 1,64,256] [--contexts 1024,32768] [--prefill 4x8192] [--top 16] [--save FILE]
+    python -m bench.families SHAPE [--rows 1,64,256] [--contexts 1024,32768] [--prefill 4x8192] [--kv-cache-dtype fp8]
 
 A worker's steps with random weights in bfloat16. Decoding is at 128 tokens of context, as a share of bytes-once: every
 weight that a step needs, keys, values and states are read once (states are written too) at 4.3 TB/s. Of experts those
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -27,7 +28,8 @@ from mgpu.launch.bench.report import Report
 from mgpu.launch.bench.shapes import SHAPES
 from mgpu.orchestrator.placement.split.sizes import active_bytes
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
-from mgpu.protocol.model.facts import ModelFacts
+from mgpu.protocol.model.facts import KvCacheDtype, ModelFacts
+from mgpu.worker.state.kv_cache import FP8
 from mgpu.worker.steps.model_runner import ModelRunner
 
 BYTES_PER_S = 4.3e12
@@ -69,8 +71,11 @@ def bytes_once(facts: ModelFacts, runner: ModelRunner, rows: int, context: int) 
 def fill_caches(runner: ModelRunner) -> None:
     """Write small random numbers: contexts that were never computed must hold no NaN."""
     for layer in runner._cache.layers:
-        layer.k_NBJK.normal_(0.0, 0.5)
-        layer.v_NBJK.normal_(0.0, 0.5)
+        for stored in (layer.k_NBJK, layer.v_NBJK):
+            if stored.dtype == FP8:
+                stored.view(torch.uint8).random_(0, 0x30)  # the bits of numbers from 0 to 0.5
+            else:
+                stored.normal_(0.0, 0.5)
         if layer.states is not None:
             layer.states.state_NHKV.normal_(0.0, 0.1)
             layer.states.tail_NWC.normal_(0.0, 0.5)
@@ -152,6 +157,7 @@ def main() -> None:
     parser.add_argument("--rows", type=numbers, default=[])
     parser.add_argument("--contexts", type=numbers, default=[])
     parser.add_argument("--prefill", type=sizes, default=())
+    parser.add_argument("--kv-cache-dtype", choices=get_args(KvCacheDtype), default="auto")
     parser.add_argument("--top", type=int, default=0, help="kernels to show of each profile")
     parser.add_argument("--layers", type=int, help="only so many layers: to compile kernels ahead, or to rehearse")
     parser.add_argument("--save", type=Path)
@@ -168,7 +174,7 @@ def main() -> None:
         *(MANY * (context + room) for context in arguments.contexts),
         *(count * (length + room) for count, length in prefill),
     ]
-    runner = make_runner(facts_in(config), longest, "none", "auto", max(needed))
+    runner = make_runner(facts_in(config), longest, "none", arguments.kv_cache_dtype, max(needed))
     facts = replace(runner._stage.facts)
     fill_caches(runner)
     report = Report("families", "mgpu", SHOWN, arguments.save, "triton", shape=arguments.shape)

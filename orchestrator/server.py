@@ -55,6 +55,7 @@ class Server:
         limits = Limits(  # raises when no step could ever hold all rows
             **asdict(config.limits),
             num_blocks=0,  # until the workers have said how many they can hold
+            sight=config.facts.sight,
             num_stages=config.layout.placement.num_stages,
             vocab_size=config.facts.vocab_size,
             prefix_cache=config.prefix_cache,

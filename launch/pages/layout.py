@@ -3,9 +3,9 @@
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from mgpu.orchestrator.placement.fit import RankRow
 from mgpu.orchestrator.placement.machine.devices import DeviceInfo
 from mgpu.orchestrator.placement.planner import Plan
+from mgpu.orchestrator.placement.rank_row import RankRow
 from mgpu.orchestrator.placement.reports.table import layers_text, layout_text
 
 WIDTH = 80

@@ -242,7 +242,7 @@ class Engine:
         if self._http.notice(events):
             self._make_poller()
         if self._workers.advance(events):
-            self._scheduler.use_workers(self._workers.group.epoch, self._workers.num_blocks)
+            self._scheduler.use_workers(self._workers.group.epoch, self._workers.pool)
             if self._life.state is not ServerState.STARTING:
                 took_s = self._workers.last_recovery_s
                 ready = self._workers.group.ready.values()

@@ -31,6 +31,7 @@ from mgpu.protocol.internal.worker_messages import (
     WorkerFailure,
     WorkerSpec,
 )
+from mgpu.protocol.model.kv_pools import PoolSize
 
 log = logging.getLogger(__name__)
 
@@ -126,11 +127,11 @@ class HostGroup(RankReports):
         if self._failures:
             raise self._first_failure()
 
-    def allocate_cache(self, at_most: int | None = None) -> int:
-        """Have all ranks allocate the smallest pool that any of them reported; return its number of blocks."""
-        num_blocks = self.fewest_blocks(at_most)
-        self.publish(CONTROL.encode(AllocateCache(self.epoch, num_blocks)))
-        return num_blocks
+    def allocate_cache(self, at_most: PoolSize | None = None) -> PoolSize:
+        """Have all ranks allocate the smallest pools that any of them reported; return their size."""
+        size = self.smallest_pools(at_most)
+        self.publish(CONTROL.encode(AllocateCache(self.epoch, *size)))
+        return size
 
     def try_result(self) -> StepResult | None:
         """Return the next step's result if it has come. WorkerLost if anything has failed."""

@@ -1,7 +1,8 @@
 """Say what a layout costs that puts part of a model where it is slow: on the CPU, or beside another stage."""
 
-from mgpu.orchestrator.placement.fit import RankRow, gib
+from mgpu.orchestrator.placement.fit import gib
 from mgpu.orchestrator.placement.machine.devices import Machine
+from mgpu.orchestrator.placement.rank_row import RankRow
 from mgpu.orchestrator.placement.split.stage_order import crossings
 from mgpu.protocol.model.layout import Layout
 

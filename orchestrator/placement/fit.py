@@ -7,13 +7,15 @@ from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.cpu_workers import with_cpu_workers
 from mgpu.orchestrator.placement.machine.devices import DeviceInfo, Machine
 from mgpu.orchestrator.placement.options import LayoutOptions, step_tokens
+from mgpu.orchestrator.placement.pools import least_window_tokens, pool_tokens
+from mgpu.orchestrator.placement.rank_row import RankRow
 from mgpu.orchestrator.placement.split import sizes
 from mgpu.orchestrator.placement.split.divisibility import compatible_sizes, expert_split, split_problems
 from mgpu.orchestrator.placement.split.layer_map import map_text
 from mgpu.orchestrator.placement.states import held_states, kept_states
 from mgpu.protocol.model.facts import DTYPE_BYTES, ModelFacts, kv_element_bytes
 from mgpu.protocol.model.layout import Layout, StepLimits, cpu_pool_bytes
-from mgpu.protocol.model.placement import HeadShard, PlacementPlan, RankPlace, Stage
+from mgpu.protocol.model.placement import PlacementPlan, RankPlace, Stage
 from mgpu.protocol.model.quantization import FLOAT8_CAPABILITY, Quant
 from mgpu.protocol.model.shared_memory_layout import relay_sizes
 
@@ -33,44 +35,6 @@ class Sizing:
     @property
     def dtype_bytes(self) -> int:
         return DTYPE_BYTES[self.layout.dtype]
-
-
-@dataclass(frozen=True, slots=True)
-class RankRow:
-    """What one rank holds. Bytes are in the type that the model is served in."""
-
-    rank: int
-    device: DeviceInfo
-    stage_index: int
-    first_layer: int
-    end_layer: int
-    heads: HeadShard
-    weight_bytes: int
-    reserve_bytes: int
-    """Estimate of all memory that is neither weights nor KV cache."""
-    budget_bytes: int
-    """All memory that the worker may use."""
-    kv_token_bytes: int
-    kv_tokens: int
-    """Tokens that this rank alone could hold, in whole blocks."""
-    state_bytes: int = 0
-    """Of one sequence, in its linear layers."""
-    states: int = 0
-    """Running sequences whose states the rank holds; all ranks hold the same number."""
-    snapshots: int = 0
-    """States that it keeps beside them; all ranks keep the same number."""
-
-    @property
-    def all_state_bytes(self) -> int:
-        return (self.states + self.snapshots) * self.state_bytes
-
-    @property
-    def kv_bytes(self) -> int:
-        return self.kv_tokens * self.kv_token_bytes
-
-    def needs(self, tokens: int) -> int:
-        """Return all bytes that the rank needs for a KV pool of ``tokens``, and the states of one sequence."""
-        return self.weight_bytes + self.reserve_bytes + tokens * self.kv_token_bytes + self.state_bytes
 
 
 def device_budget(device: DeviceInfo, options: LayoutOptions) -> int:
@@ -117,9 +81,12 @@ def _row(sizing: Sizing, rank: int, most_states: tuple[int, int] | None = None) 
     states = held_states(most_states[0] if most_states else options.max_rows, pool, left, per_state)
     snapshots = kept_states(states, pool, left, per_state) if facts.linear and options.prefix_cache else 0
     snapshots = min(snapshots, most_states[1]) if most_states else snapshots
-    # All rows at full length cannot use more.
-    most = states * _up_to_blocks((options.max_seq_len or facts.max_position) + 1, options)
-    room = max(0, pool - (states + snapshots) * per_state) // per_token if per_token else most
+    limits = StepLimits(options.block_size, states, _step_tokens(sizing), options.max_seq_len or facts.max_position)
+    of_window = [layer for layer in layers if facts.sight[0] and facts.sliding_layers[layer]]
+    per_window = sizes.kv_token_bytes(facts, of_window, place.tp_size, element_bytes)
+    room = max(0, pool - (states + snapshots) * per_state)
+    in_window = facts.sight, limits, options.max_seq_len is not None
+    tokens, window_tokens = pool_tokens(room, per_token, per_window, *in_window)
     return RankRow(
         rank=rank,
         device=device,
@@ -131,7 +98,10 @@ def _row(sizing: Sizing, rank: int, most_states: tuple[int, int] | None = None) 
         reserve_bytes=reserve,
         budget_bytes=budget,
         kv_token_bytes=per_token,
-        kv_tokens=min(room // options.block_size * options.block_size, most) if per_token else most,
+        kv_tokens=tokens,
+        window_token_bytes=per_window,
+        window_tokens=window_tokens,
+        least_window_tokens=least_window_tokens(facts.sight, limits),
         state_bytes=per_state,
         states=states,
         snapshots=snapshots,
@@ -163,10 +133,7 @@ def _pool_bytes(device: DeviceInfo, left: int, is_offload: bool) -> int:
 
 def _reserve_bytes(sizing: Sizing, place: RankPlace) -> int:
     last = place.stage_index == sizing.layout.placement.num_stages - 1
-    options, machine = sizing.options, sizing.machine
-    kind = "cpu" if sizing.layout.cpu_ranks else machine.kind
-    has_experts = sizing.facts.experts is not None
-    tokens = step_tokens(options, kind, machine.least_bytes, sizing.layout.placement.num_stages, has_experts)
+    options, machine, tokens = sizing.options, sizing.machine, _step_tokens(sizing)
     step = sizes.step_bytes(sizing.facts, place.tp_size, last, sizing.dtype_bytes, tokens, options.max_rows)
     if sizing.layout.quant != "none" or sizing.facts.formats:
         # One matrix is dense while it is loaded, and again in every step of many tokens on a GPU.
@@ -177,6 +144,13 @@ def _reserve_bytes(sizing: Sizing, place: RankPlace) -> int:
         step += relay_sizes(sizing.layout, limits, sizing.facts.hidden_size).inbox_bytes
     uses_nccl = "nccl" in (sizing.layout.transport, sizing.layout.stage_transport)
     return step + _fixed_bytes(machine.devices[place.device]) + (sizes.NCCL_BYTES if uses_nccl else 0)
+
+
+def _step_tokens(sizing: Sizing) -> int:
+    """Return the most tokens of a step."""
+    kind = "cpu" if sizing.layout.cpu_ranks else sizing.machine.kind
+    stages, has_experts = sizing.layout.placement.num_stages, sizing.facts.experts is not None
+    return step_tokens(sizing.options, kind, sizing.machine.least_bytes, stages, has_experts)
 
 
 def _fixed_bytes(device: DeviceInfo) -> int:
@@ -203,7 +177,7 @@ def fit_tokens(sizing: Sizing, rows: tuple[RankRow, ...]) -> tuple[int, int]:
 
 def _least_bytes(row: RankRow, options: LayoutOptions) -> int:
     """Return what a rank needs without keys and values; --kv-memory counts whole, and the states are part of it."""
-    return row.needs(0) - row.state_bytes + max(options.kv_memory, row.state_bytes)
+    return row.weight_bytes + row.reserve_bytes + max(options.kv_memory, row.state_bytes)
 
 
 def _least_tokens(options: LayoutOptions, facts: ModelFacts) -> int:
@@ -231,15 +205,15 @@ def _too_big(sizing: Sizing, row: RankRow, tokens: int) -> PlacementError:
 def _too_long(sizing: Sizing, row: RankRow, tokens: int) -> PlacementError:
     """Return the error that the KV cache has no room for one request."""
     asked = sizing.options.max_seq_len
-    left = gib(sizing.options.kv_memory or max(0, row.budget_bytes - row.needs(0)))
+    left = gib(sizing.options.kv_memory or max(0, row.budget_bytes - row.weight_bytes - row.reserve_bytes))
     text = (
         f"{tokens} tokens of KV cache{f' (--max-seq-len {asked})' if asked else ''} do not fit: {_where(row)} has "
         f"{left} left beside {gib(row.weight_bytes)} of weights, which is {row.kv_tokens} tokens of "
         f"{row.kv_token_bytes / 1024:.1f} KiB{_beside_states(row)}; "
-        f"{gib(tokens * row.kv_token_bytes + row.state_bytes)} are needed. "
+        f"{gib(row.least_pool(tokens))} are needed. "
     )
     shorter = f"Use --max-seq-len {row.kv_tokens} or less. " if asked and row.kv_tokens else ""
-    least = -(-(tokens * row.kv_token_bytes + row.state_bytes) // (1 << 20))
+    least = -(-row.least_pool(tokens) // (1 << 20))
     out = (
         f"Raise --kv-memory to {least}MiB or more, or leave it out"
         if sizing.options.kv_memory
@@ -249,6 +223,8 @@ def _too_long(sizing: Sizing, row: RankRow, tokens: int) -> PlacementError:
 
 
 def _beside_states(row: RankRow) -> str:
+    if window := row.least_window_tokens * row.window_token_bytes:
+        return f", of which layers with a window keep {row.least_window_tokens}, {gib(window)}"
     return f" beside the states of one sequence, {gib(row.state_bytes)}" if row.state_bytes else ""
 
 

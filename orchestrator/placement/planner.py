@@ -7,10 +7,11 @@ from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.choose import choose_placement, devices_text, dtype_of
 from mgpu.orchestrator.placement.costs import cost_notes, way_notes
 from mgpu.orchestrator.placement.cpu_workers import added_workers, mixed_stage, with_cpu_workers
-from mgpu.orchestrator.placement.fit import RankRow, Sizing, check_float8, fit_tokens, gib, rank_rows
+from mgpu.orchestrator.placement.fit import Sizing, check_float8, fit_tokens, gib, rank_rows
 from mgpu.orchestrator.placement.gguf import facts_as_held
 from mgpu.orchestrator.placement.machine.devices import DeviceInfo, Machine
 from mgpu.orchestrator.placement.options import BLOCK_SIZE, LayoutOptions, step_tokens
+from mgpu.orchestrator.placement.rank_row import RankRow
 from mgpu.orchestrator.placement.split.divisibility import expert_split
 from mgpu.orchestrator.placement.topology.select import check_rules, chosen_formats
 from mgpu.protocol.model.facts import ModelFacts
@@ -45,8 +46,9 @@ class Plan:
 
     @property
     def concurrency(self) -> float:
-        """How many requests of full length the KV pool holds."""
-        return self.kv_tokens / self.limits.max_seq_len
+        """How many requests of full length the KV pools hold."""
+        in_windows = [row.window_tokens / row.least_window_tokens for row in self.rows if row.window_tokens]
+        return min([self.kv_tokens / self.limits.max_seq_len, *in_windows])
 
 
 def plan(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> Plan:
@@ -75,7 +77,8 @@ def plan(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> Plan:
     rows = rank_rows(sizing)
     kv_tokens, max_seq_len = fit_tokens(sizing, rows)
     # The rank with most bytes bounds the pool, and reaches ``kv_tokens`` with exactly this.
-    kv_memory = max(kv_tokens * row.kv_token_bytes + row.all_state_bytes for row in rows)
+    window_tokens = min(row.window_tokens for row in rows)
+    kv_memory = max(row.pool_bytes(kv_tokens, window_tokens) + row.all_state_bytes for row in rows)
     max_rows, snapshots = min(row.states for row in rows), min(row.snapshots for row in rows)
     return Plan(
         facts=facts,

@@ -8,6 +8,7 @@ import zmq
 from mgpu.orchestrator.processes.child_process import ChildProcess
 from mgpu.orchestrator.processes.failures import WorkerLost
 from mgpu.protocol.internal.worker_messages import Loaded, LoadProgress, Ready, StepResult
+from mgpu.protocol.model.kv_pools import PoolSize
 
 
 class Group(Protocol):
@@ -43,7 +44,7 @@ class Group(Protocol):
 
     def publish(self, data: bytes) -> None: ...
 
-    def allocate_cache(self, at_most: int | None = None) -> int: ...
+    def allocate_cache(self, at_most: PoolSize | None = None) -> PoolSize: ...
 
     def try_result(self) -> StepResult | None: ...
 

@@ -1,6 +1,7 @@
 """What the ranks of one epoch have told of their start, kept by both kinds of worker group."""
 
 from mgpu.protocol.internal.worker_messages import Loaded, LoadProgress, Ready
+from mgpu.protocol.model.kv_pools import PoolSize
 
 
 class RankReports:
@@ -25,7 +26,7 @@ class RankReports:
         progress = self.progress.get(rank)
         return "steps" if rank in self.ready else progress.phase if progress else "spawn"
 
-    def fewest_blocks(self, at_most: int | None) -> int:
-        """Return the smallest number of KV blocks that any rank could hold, or ``at_most`` if that is smaller."""
-        num_blocks = min(loaded.num_blocks for loaded in self.loaded.values())
-        return num_blocks if at_most is None else min(num_blocks, at_most)
+    def smallest_pools(self, at_most: PoolSize | None) -> PoolSize:
+        """Return the smallest pools that any rank could hold, or those of ``at_most`` where they are smaller."""
+        sizes = [PoolSize(loaded.num_blocks, loaded.num_pages) for loaded in self.loaded.values()]
+        return PoolSize(*map(min, zip(*sizes, *[at_most] * (at_most is not None), strict=True)))

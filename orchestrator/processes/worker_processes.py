@@ -21,6 +21,7 @@ from mgpu.orchestrator.processes.failures import (
 from mgpu.orchestrator.processes.group import Group
 from mgpu.orchestrator.processes.standby import Standby
 from mgpu.orchestrator.processes.worker_group import WorkerGroup, ZmqContext
+from mgpu.protocol.model.kv_pools import PoolSize
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +48,8 @@ class WorkerProcesses:
         self.group = new_group(0)
         """Of the current epoch; not started before `start`."""
         self.is_ready = False
-        self.num_blocks = 0
-        """Size of the KV pool of this epoch, once it is allocated."""
+        self.pool = PoolSize(0)
+        """Of keys and values, in this epoch, once it is allocated."""
         self.last_recovery_s = 0.0
         """From noticing the failure to workers that are ready."""
         self.loaded_bytes = 0
@@ -59,8 +60,8 @@ class WorkerProcesses:
         restarts = config.restarts
         self.restarts = RestartLimit(restarts.max_restarts, restarts.restart_window_s)
         self._standby = Standby(new_group, restarts.standby, restarts.standby_delay_s)
-        self._most_blocks: int | None = None
-        """Size of the first pool: later ones are never larger."""
+        self._largest_pool: PoolSize | None = None
+        """The first one: later ones are never larger."""
         self._longest_silence_s = self._start_timeout_s = config.timeouts.start_timeout_s
         self._began_s = self._moved_s = 0.0
         self._is_allocated = False
@@ -88,7 +89,7 @@ class WorkerProcesses:
         if self.is_ready:
             return False
         if not self._is_allocated and len(group.loaded) == group.world_size:
-            self.num_blocks = group.allocate_cache(self._most_blocks)
+            self.pool = group.allocate_cache(self._largest_pool)
             self._is_allocated = True
         if len(group.ready) < group.world_size:
             self._check_silence()
@@ -140,8 +141,8 @@ class WorkerProcesses:
         self.is_ready = True
         self.loaded_bytes += sum(each.loaded_bytes for each in self.group.ready.values())
         took_s = time.monotonic() - self._began_s
-        if self._most_blocks is None:
-            self._most_blocks = self.num_blocks
+        if self._largest_pool is None:
+            self._largest_pool = self.pool
             self._longest_silence_s = min(self._start_timeout_s, max(RELOAD_SILENCE_S, RELOAD_FACTOR * took_s))
         else:
             self.last_recovery_s = took_s

@@ -96,6 +96,19 @@ class BlockPool:
             self._by_key[key] = block
             self._keys[block] = key
 
+    def is_known(self, block: int) -> bool:
+        """Return True if a block is registered: what begins alike finds it."""
+        return self._keys[block] is not None
+
+    def unregister(self, key: bytes) -> int:
+        """Forget a registered key, so that another block can have it; return the block that had it."""
+        block = self._by_key.pop(key)
+        self._keys[block] = None
+        if not self._holders[block]:
+            del self._reusable[block]
+            self._blank.append(block)
+        return block
+
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
         """Prove that counts equal the block tables and every block is in one place. AssertionError if not."""
         expected = [0] * self.num_blocks

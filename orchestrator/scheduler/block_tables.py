@@ -1,22 +1,38 @@
-"""The block tables of sequences: reuse computed blocks, register new ones, grow while a sequence decodes."""
+"""The block tables of sequences: reuse computed blocks, register new ones, grow while a sequence decodes.
+
+Blocks that have left the window of window layers are given up there, and blocks that come into sight take a page; see
+window_pages.py.
+"""
 
 from mgpu.orchestrator.scheduler.block_pool import BlockPool, extend_block_keys
 from mgpu.orchestrator.scheduler.sequence import Sequence
 from mgpu.orchestrator.scheduler.snapshots import Snapshots
+from mgpu.orchestrator.scheduler.window_pages import WindowPages
+
+ENTRY_TOKENS = 1024
+"""Tokens of a prompt beside its window that find pages before it begins: in shorter steps it would take too long."""
 
 
 class BlockTables:
     """The block tables of all sequences on top of one pool."""
 
     def __init__(
-        self, num_blocks: int, block_size: int, prefix_cache: bool, snapshots: Snapshots | None = None
+        self,
+        num_blocks: int,
+        block_size: int,
+        prefix_cache: bool,
+        snapshots: Snapshots | None = None,
+        pages: WindowPages | None = None,
     ) -> None:
         self.pool = BlockPool(num_blocks)
+        self.pages = pages
+        """Of models whose window layers have a pool of their own."""
         self.snapshots = snapshots if prefix_cache else None
         """Of models with linear layers."""
         self.changes = 0
         """Counts releases and registrations: a sequence that got no blocks waits for the next one."""
         self._block_size = block_size
+        self._entry_pages = 0 if pages is None else pages.most_in_sight + -(-ENTRY_TOKENS // block_size)
         self._prefix_cache = prefix_cache
         self._promised: set[bytes] = set()
         """Keys of prompt blocks that running sequences are about to compute."""
@@ -38,13 +54,22 @@ class BlockTables:
             reused = reused[:depth]
             if self.snapshots.expects(seq.block_keys[depth:num_reusable]):
                 return False
-        elif found < num_reusable and seq.block_keys[found] in self._promised:
-            return False
+        else:
+            if self.pages is not None:
+                reused = reused[: self.pages.reusable(reused)]
+            if len(reused) < num_reusable and seq.block_keys[len(reused)] in self._promised:
+                return False
         needed = -(-num_tokens // size) - len(reused)
         if needed + reserve > self.pool.num_free - self.pool.num_idle(reused):
             return False
+        if self.pages is not None and not self._see_reused(seq, reused, needed, reserve):
+            return False
         self.pool.take(reused)
-        seq.blocks = reused + self.pool.allocate(needed)
+        new = self.pool.allocate(needed)
+        if self.pages is not None:
+            for block in new:
+                self.pages.forget(block)
+        seq.blocks = reused + new
         seq.num_computed = len(reused) * size
         seq.num_registered = len(reused)
         seq.state_slot = slot
@@ -71,12 +96,57 @@ class BlockTables:
         """Return the slot to copy the state at the end of a sequence's blocks to; None if it is not to be."""
         return None if self.snapshots is None else self.snapshots.save_answer(seq, len(seq.blocks))
 
+    def _see_reused(self, seq: Sequence, reused: list[int], needed: int, reserve: int) -> bool:
+        """Take what a sequence sees of its reused blocks into sight. False if too few pages are left to go on."""
+        assert self.pages is not None
+        end = len(reused)
+        first = self.pages.first_block(end * self._block_size)
+        in_sight = reused[first:]
+        wanted = min(needed, min(self._entry_pages, self.pages.num_pages) - len(in_sight))
+        if wanted + reserve > self.pages.num_free - self.pages.num_unseen(in_sight):
+            return False
+        self.pages.see(in_sight)
+        seq.sight = range(first, end)
+        return True
+
+    def come_into_sight(self, seq: Sequence, start: int, count: int) -> int:
+        """Give pages to the blocks of a sequence's next ``count`` tokens; return for how many of them there are some.
+
+        Pages of blocks that the token at ``start`` does not see are free before.
+        """
+        if self.pages is None:
+            return count
+        self._leave_behind(seq, start)
+        end = -(-(start + count) // self._block_size)
+        end = min(end, seq.sight.stop + self.pages.num_free)
+        for block in seq.blocks[seq.sight.stop : end]:
+            self.pages.grant(block)
+        seq.sight = range(seq.sight.start, max(end, seq.sight.stop))
+        return min(count, seq.sight.stop * self._block_size - start)
+
+    def _leave_behind(self, seq: Sequence, start: int) -> None:
+        """Give up the pages of blocks that no token from ``start`` on sees."""
+        assert self.pages is not None
+        first = self.pages.first_block(start)
+        if first > seq.sight.start:
+            self.pages.leave(seq.blocks[seq.sight.start : first], self.pool.is_known)
+            seq.sight = range(first, seq.sight.stop)
+            self.changes += 1
+
     def grow(self, seq: Sequence) -> int | None:
         """Append one block to a sequence's table and return it; None when none is free."""
+        if self.pages is not None:
+            self._leave_behind(seq, len(seq.blocks) * self._block_size)
+            if not self.pages.num_free:
+                return None
         if not self.pool.num_free:
             return None
         (block,) = self.pool.allocate(1)
         seq.blocks.append(block)
+        if self.pages is not None:
+            self.pages.forget(block)
+            self.pages.grant(block)
+            seq.sight = range(seq.sight.start, len(seq.blocks))
         return block
 
     def register(self, seq: Sequence, num_computed: int) -> None:
@@ -88,6 +158,7 @@ class BlockTables:
             return
         extend_block_keys(seq.block_keys, seq.tokens, self._block_size, num_full, seq.cache_salt)
         for index in range(seq.num_registered, num_full):
+            self._forget_older(seq.block_keys[index])
             self.pool.register(seq.blocks[index], seq.block_keys[index])
         self._promised.difference_update(seq.block_keys[seq.num_registered : num_full])
         seq.num_registered = num_full
@@ -95,12 +166,19 @@ class BlockTables:
             self.snapshots.name(seq, num_full)
         self.changes += 1
 
+    def _forget_older(self, key: bytes) -> None:
+        """Forget the block of a key if it has no page, for one that has just been computed."""
+        if self.pages is not None and any(not self.pages.has_page(block) for block in self.pool.find([key])):
+            self.pool.unregister(key)
+
     def release(self, seq: Sequence) -> None:
         """Take a sequence's blocks away. Registered ones stay reusable until their space is needed."""
         self.register(seq, seq.num_computed)
         self._promised.difference_update(seq.block_keys[seq.num_registered : len(seq.blocks)])
         if self.snapshots is not None:
             self.snapshots.end(seq)
+        if self.pages is not None:
+            self.pages.leave(seq.blocks[seq.sight.start : seq.sight.stop], self.pool.is_known)
         self.pool.release(seq.blocks)
-        seq.blocks = []
+        seq.blocks, seq.sight = [], range(0)
         self.changes += 1

@@ -6,6 +6,7 @@ from mgpu.orchestrator.placement.options import check_batch_tokens
 from mgpu.orchestrator.scheduler.sequence import Sequence
 from mgpu.protocol.internal.admission_rule import AdmissionRule
 from mgpu.protocol.internal.gateway_messages import Submit
+from mgpu.protocol.model.attention_facts import Sight
 from mgpu.protocol.model.layout import StepLimits
 
 
@@ -18,6 +19,10 @@ class Limits(StepLimits):
     """What the scheduler may use: in one step, and in all."""
 
     num_blocks: int
+    num_pages: int = 0
+    """Blocks' worth of keys and values in the pool of window layers; 0: they have none of their own."""
+    sight: Sight = (None, False)
+    """Of window layers."""
     num_stages: int = 1
     vocab_size: int = 1 << 31
     prefix_cache: bool = True

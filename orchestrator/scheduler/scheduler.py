@@ -18,6 +18,7 @@ from mgpu.orchestrator.scheduler.step_planner import StepPlanner
 from mgpu.orchestrator.scheduler.waiting import WaitingLine
 from mgpu.protocol.internal.gateway_messages import Outputs, Submit
 from mgpu.protocol.internal.worker_messages import StepPlan, StepResult, TokenLogprobs
+from mgpu.protocol.model.kv_pools import PoolSize
 
 
 class Scheduler:
@@ -144,14 +145,15 @@ class Scheduler:
             self._fail(seq, f"the workers failed {seq.crashes} times in a row while they ran this request: {cause}")
         return num_again
 
-    def use_workers(self, epoch: int, num_blocks: int) -> None:
+    def use_workers(self, epoch: int, pool: PoolSize) -> None:
         """Go on with new workers of another epoch; call after `forget_workers`.
 
         Their pool may be smaller than the first one was, or of that size again.
         """
-        room = num_blocks * self.limits.block_size
-        if num_blocks != self.limits.num_blocks:
-            self.limits = replace(self.limits, num_blocks=num_blocks, max_seq_len=min(self._first_max_seq_len, room))
+        room = pool.num_blocks * self.limits.block_size
+        if pool != (self.limits.num_blocks, self.limits.num_pages):
+            longest = min(self._first_max_seq_len, room)
+            self.limits = replace(self.limits, **pool._asdict(), max_seq_len=longest)
         self._expect_new_workers(epoch)
         for seq in [seq for seq in self._live.values() if seq.max_len > room + 1]:
             self._fail(seq, f"after a restart the KV cache holds only {room} tokens, this needs {seq.max_len - 1}")

@@ -41,6 +41,8 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)
     """Keys of its first full blocks, as far as they were needed."""
+    sight: range = range(0)
+    """Which of its blocks have pages for window layers, as far as it sees them; see window_pages.py."""
     num_registered: int = 0
     """How many of its first blocks are registered for reuse under their keys."""
     num_computed: int = 0
@@ -87,7 +89,7 @@ class Sequence:
     def forget_workers(self) -> None:
         """Reset what mirrors the workers, as if it had never run; its tokens stay."""
         self.row = self.batch = self.slot = self.due_tick = -1
-        self.blocks = []
+        self.blocks, self.sight = [], range(0)
         self.num_registered = self.num_computed = self.saved_blocks = 0
         self.save_points, self.answer_key = [], b""
 

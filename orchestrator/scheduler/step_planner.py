@@ -24,6 +24,7 @@ from mgpu.orchestrator.scheduler.running_shares import RunningShares
 from mgpu.orchestrator.scheduler.sequence import Sequence
 from mgpu.orchestrator.scheduler.snapshots import Snapshots
 from mgpu.orchestrator.scheduler.waiting import WaitingLine
+from mgpu.orchestrator.scheduler.window_pages import WindowPages
 from mgpu.protocol.internal.worker_messages import StepPlan, StepResult
 
 SPARE = 1 / 16
@@ -53,7 +54,10 @@ class StepPlanner:
         self.epoch = epoch
         self.next_step = next_step
         snapshots = Snapshots(limits.max_rows, limits.num_snapshots) if limits.num_snapshots else None
-        self.blocks = BlockTables(limits.num_blocks, limits.block_size, limits.prefix_cache, snapshots)
+        pages = None
+        if limits.num_pages:
+            pages = WindowPages(limits.num_blocks, limits.num_pages, limits.block_size, limits.sight)
+        self.blocks = BlockTables(limits.num_blocks, limits.block_size, limits.prefix_cache, snapshots, pages)
         self.admitted: dict[int, Sequence] = {}
         self.in_flight: deque[StepRecord] = deque()
         self._limits = limits
@@ -125,6 +129,9 @@ class StepPlanner:
         self.blocks.pool.check_integrity(seq.blocks for seq in self.admitted.values())
         if self.blocks.snapshots is not None:
             self.blocks.snapshots.check_integrity()
+        if self.blocks.pages is not None:
+            views = [[seq.blocks[index] for index in seq.sight] for seq in self.admitted.values()]
+            self.blocks.pages.check_integrity(views)
         self._rows.check_integrity(seq.row for seq in self.admitted.values())
 
     # -- one step ------------------------------------------------------------------------------------------------------
@@ -138,7 +145,11 @@ class StepPlanner:
         self._make_room()
         sampled = self._plan_decode(batch, plan)
         prefilled = self._plan_prefill(batch, plan, sampled)
+        while not plan.rows and self._makes_room():
+            prefilled = self._plan_prefill(batch, plan, sampled)
         if plan.rows:
+            if self.blocks.pages is not None:
+                self.blocks.pages.move_granted(plan.page_blocks, plan.page_ids)
             self.in_flight.append(StepRecord(step, sampled))
         for seq in prefilled:  # only now: a block can be reused from the next step on
             self.blocks.register(seq, seq.num_computed)
@@ -206,6 +217,17 @@ class StepPlanner:
         self.leave(seq)
         self._counters.preemptions += 1
 
+    def _makes_room(self) -> bool:
+        """Preempt a sequence if prompts alone run and none of them finds a page; return whether that was so.
+
+        Beside sequences that decode, prompts wait for the pages of those.
+        """
+        has_pages = self.blocks.pages is None or self.blocks.pages.num_free > 0
+        is_stuck = not has_pages and 1 < len(self._prefilling) == len(self.admitted)
+        if is_stuck:
+            self._preempt(self._prefilling[-1])
+        return is_stuck
+
     def _plan_prefill(self, batch: DecodeBatch, plan: StepPlan, sampled: list[Sequence]) -> list[Sequence]:
         """Spend the rest of the token budget on prompts, admitted ones first; return those that got a share.
 
@@ -216,8 +238,8 @@ class StepPlanner:
         budget = self._limits.max_batch_tokens - len(plan.rows)
         touched: list[Sequence] = []
         for seq in self._prefilling:
-            if room := min(budget, self._shares.prompt_tokens(seq)):
-                budget -= self._plan_chunk(seq, room, plan)
+            if (room := min(budget, self._shares.prompt_tokens(seq))) and (count := self._plan_chunk(seq, room, plan)):
+                budget -= count
                 touched.append(seq)
         while budget and (admitted := self._admit_next()) is not None:
             plan.new_rows.append(admitted.to_new_row())
@@ -234,10 +256,13 @@ class StepPlanner:
         return touched
 
     def _plan_chunk(self, seq: Sequence, budget: int, plan: StepPlan) -> int:
-        """Plan the next tokens of a prompt and return how many."""
+        """Plan the next tokens of a prompt and return how many; 0 if all pages are in use."""
         self._save(seq, self.blocks.save_prompt(seq), plan)
         start = seq.num_computed
         count = min(budget, len(seq.tokens) - start, self.blocks.tokens_to_save(seq))
+        count = self.blocks.come_into_sight(seq, start, count)
+        if not count:
+            return 0
         seq.num_computed = start + count
         plan.rows.append(seq.row)
         plan.starts.append(start)

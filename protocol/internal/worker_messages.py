@@ -96,14 +96,18 @@ class Loaded:
     block_bytes: int
     weight_bytes: int
     free_bytes: int
+    num_pages: int = 0
+    """How many of them its window layers could keep; 0, on all ranks: all."""
 
 
 @dataclass(frozen=True, slots=True)
 class AllocateCache:
-    """Allocate the pool: the same number of blocks on every rank, the minimum of the reported ones."""
+    """Allocate the pools: the same number of blocks on every rank, the minimum of the reported ones, and of pages."""
 
     epoch: int
     num_blocks: int
+    num_pages: int = 0
+    """Blocks that window layers keep; 0: all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +264,10 @@ class StepPlan:
     save_slots: list[int] = field(default_factory=list)
     """Before this step the state of row ``save_rows[i]`` in linear layers is copied to slot ``save_slots[i]``,
     one after the other."""
+    page_blocks: list[int] = field(default_factory=list)
+    page_ids: list[int] = field(default_factory=list)
+    """From this step on, window layers keep block ``page_blocks[i]`` in page ``page_ids[i]``. Each block is there once;
+    a page may have been that of another block before, which no row sees any more."""
 
 
 @dataclass(frozen=True, slots=True)

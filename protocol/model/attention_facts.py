@@ -2,6 +2,28 @@
 
 from dataclasses import dataclass
 
+Sight = tuple[int | None, bool]
+"""How many tokens a token sees, itself included; None: all before it. True: those of its own chunk of so many."""
+
+
+def first_key(position: int, sight: Sight) -> int:
+    """Return the first position that the token at ``position`` sees.
+
+    Example: at position 10 with a window of 4 it is 7, with chunks of 4 it is 8.
+    """
+    window, in_chunks = sight
+    if window is None:
+        return 0
+    return position // window * window if in_chunks else max(0, position - window + 1)
+
+
+def window_blocks(sight: Sight, block_size: int) -> int:
+    """Return over how many blocks a window reaches at most.
+
+    Example: 8 tokens reach over three blocks of 4, the last tokens of one and the first ones of another among them.
+    """
+    return -(-(sight[0] or 0) // block_size) + 1
+
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from mgpu.protocol.model.attention_facts import FullHeads, LatentFacts, LinearFacts, RopeScaling
+from mgpu.protocol.model.attention_facts import FullHeads, LatentFacts, LinearFacts, RopeScaling, Sight
 from mgpu.protocol.model.expert_facts import ExpertFacts
 from mgpu.protocol.model.weight_format import DENSE, LayerFormats, WeightFormat
 
@@ -165,6 +165,12 @@ class ModelFacts:
     def cached_values(self) -> int:
         """Numbers that a layer of attention caches per token and KV head: a key and a value, or what is both."""
         return self.head_dim if self.latent is not None else 2 * self.head_dim
+
+    @property
+    def sight(self) -> Sight:
+        """What layers with a window see; (None, False) if there are none."""
+        has_windows = any(self.sliding_layers) and self.linear is None
+        return (self.sliding_window, self.windows_are_chunks) if has_windows else (None, False)
 
     @property
     def out_inputs(self) -> int:

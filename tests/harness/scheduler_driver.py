@@ -10,10 +10,12 @@ from mgpu.orchestrator.scheduler.limits import Limits
 from mgpu.orchestrator.scheduler.scheduler import Scheduler
 from mgpu.protocol.internal.gateway_messages import Submit
 from mgpu.protocol.internal.worker_messages import RowSampling, StepPlan, StepResult
+from mgpu.protocol.model.attention_facts import Sight
+from mgpu.protocol.model.kv_pools import PoolSize
 
 
-def limits(**changes: int | bool) -> Limits:
-    values: dict[str, int | bool] = {
+def limits(**changes: int | bool | Sight) -> Limits:
+    values: dict[str, int | bool | Sight] = {
         "num_blocks": 64, "block_size": 4, "max_rows": 8, "max_batch_tokens": 32, "max_seq_len": 256, **changes,
     }  # fmt: skip
     return Limits(**values)  # type: ignore[arg-type]
@@ -38,10 +40,10 @@ def submit_of(
 class Harness:
     """A scheduler, the fake model behind a pipeline of ``num_stages``, and what came out per request."""
 
-    def __init__(self, **changes: int | bool) -> None:
+    def __init__(self, **changes: int | bool | Sight) -> None:
         self.limits = limits(**changes)
         self.scheduler = Scheduler(self.limits)
-        self.model = self._new_model(self.limits.num_blocks)
+        self.model = self._new_model(PoolSize(self.limits.num_blocks, self.limits.num_pages))
         self.results: deque[StepResult] = deque()
         self.plans: list[StepPlan] = []
         self.tokens: dict[int, list[int]] = {}
@@ -50,9 +52,10 @@ class Harness:
         self.cached: dict[int, int] = {}
         self.prefilled_again = 0
 
-    def _new_model(self, num_blocks: int) -> FakeModel:
-        has_states = self.limits.num_snapshots > 0
-        return FakeModel(num_blocks, self.limits.block_size, self.limits.num_stages, has_states)
+    def _new_model(self, pool: PoolSize) -> FakeModel:
+        now = self.limits
+        shape = pool.num_blocks, now.block_size, now.num_stages, now.num_snapshots > 0
+        return FakeModel(*shape, pool.num_pages, now.sight)
 
     def submit(self, sequence_id: int, prompt: list[int], max_tokens: int, **more: object) -> None:
         self.scheduler.submit(submit_of(sequence_id, prompt, max_tokens, **more))  # type: ignore[arg-type]
@@ -71,12 +74,13 @@ class Harness:
         self.results.append(StepResult(plan.epoch, plan.step, self.model.execute(plan), None, 0))
         return True
 
-    def crash(self, epoch: int, num_blocks: int) -> None:
+    def crash(self, epoch: int, num_blocks: int, num_pages: int = 0) -> None:
         """Lose the workers with everything that is under way, and go on with new ones."""
         self.prefilled_again = self.scheduler.forget_workers("boom")
-        self.model = self._new_model(num_blocks)
+        pool = PoolSize(num_blocks, num_pages)
+        self.model = self._new_model(pool)
         self.results.clear()
-        self.scheduler.use_workers(epoch, num_blocks)
+        self.scheduler.use_workers(epoch, pool)
         self.collect()
 
     def gather(self) -> bool:

@@ -146,6 +146,10 @@ class CpuDecodeStep:
         self._context_slots = context_slots
         self._bags: dict[Heads, _Bags] = {}
 
+    def of_slots(self, context_slots: Callable[[], Tensor]) -> "CpuDecodeStep":
+        """Return the same step over caches that keep the contexts in other slots."""
+        return CpuDecodeStep(self._keys, self._lens, context_slots)
+
     def attend(self, q_RHK: Tensor, k_RJK: Tensor, cache: LayerCache, scale: float) -> Tensor:
         """Return the output [R, H, K], float32."""
         rows, num_kv, dim = k_RJK.shape

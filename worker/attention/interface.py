@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mgpu.protocol.model.attention_facts import LatentFacts, LinearFacts
+from mgpu.protocol.model.attention_facts import LatentFacts, LinearFacts, Sight
 from mgpu.protocol.model.facts import KvCacheDtype
 from mgpu.worker.kernels.attention.inputs import LatentProjections, NewLatents
 from mgpu.worker.kernels.linear.inputs import StepStates
@@ -27,21 +27,6 @@ class HeadNorms:
     q_weight: Tensor
     k_weight: Tensor
     eps: float
-
-
-Sight = tuple[int | None, bool]
-"""A window, and whether it is a chunk; see `AttentionSpec`."""
-
-
-def first_key(position: int, sight: Sight) -> int:
-    """Return the first position that the token at ``position`` sees.
-
-    Example: at position 10 with a window of 4 it is 7, with chunks of 4 it is 8.
-    """
-    window, in_chunks = sight
-    if window is None:
-        return 0
-    return position // window * window if in_chunks else max(0, position - window + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +46,7 @@ class AttentionSpec:
     """Positions are cut into chunks of ``window``, and a token sees itself and what is before it in its chunk."""
 
     @property
-    def sight(self) -> "Sight":
+    def sight(self) -> Sight:
         """Return what decides which keys a token sees."""
         return self.window, self.in_chunks
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mgpu.protocol.model.attention_facts import Sight, first_key
 from mgpu.worker.attention.cpu_decode import MAX_BYTES, CpuDecodeStep, TransposedKeys
-from mgpu.worker.attention.interface import AttentionSpec, Sight, first_key
+from mgpu.worker.attention.interface import AttentionSpec
 from mgpu.worker.attention.plain_attention import attend
 from mgpu.worker.state.batch import StepBatch, StepRows
 from mgpu.worker.state.kv_cache import LayerCache, widen
@@ -95,7 +96,10 @@ class PlainStep:
     latents = None
     states = None
 
-    def __init__(self, backend: PlainBackend, batch: StepBatch, block_size: int) -> None:
+    def __init__(
+        self, backend: PlainBackend, batch: StepBatch, block_size: int, main: "PlainStep | None" = None
+    ) -> None:
+        """``main``: the same step in layers that keep all blocks; None: this is it."""
         self._backend = backend
         self._batch = batch
         self.rows: StepRows | None = batch.step_rows
@@ -115,10 +119,14 @@ class PlainStep:
             start += count
         self._decode = self._group_by_length(decode_tokens)
         self._cpu_decode: CpuDecodeStep | None = None
-        if self._is_plain_decode() and self._device.type == "cpu":
+        if main is not None:
+            self._cpu_decode = None if main._cpu_decode is None else main._cpu_decode.of_slots(self._context_slots)
+        elif self._is_plain_decode() and self._device.type == "cpu":
             self._cpu_decode = backend.transposed_keys.begin_step(batch, self._context_slots)
         else:
             backend.transposed_keys.forget()
+        in_pages = batch.for_pages()
+        self._in_pages = None if in_pages is None else PlainStep(backend, in_pages, block_size, self)
 
     def _is_plain_decode(self) -> bool:
         return not self._prefill and len(self._decode) == 1 and self._decode[0].tokens is None
@@ -162,10 +170,14 @@ class PlainStep:
         ]
 
     def attend(self, q_THK: Tensor, k_TJK: Tensor, v_TJK: Tensor, cache: LayerCache, spec: AttentionSpec) -> Tensor:
+        if cache.has_pages and self._in_pages is not None:
+            return self._in_pages.attend(q_THK, k_TJK, v_TJK, cache, spec)
         # Attend to keys and values as they are stored, so that no answer depends on how a prompt was cut into steps.
         return self._attend_stored(q_THK, *cache.write(self._batch.slots, k_TJK, v_TJK), cache, spec)
 
     def attend_shared(self, q_THK: Tensor, cache: LayerCache, spec: AttentionSpec) -> Tensor:
+        if cache.has_pages and self._in_pages is not None:
+            return self._in_pages.attend_shared(q_THK, cache, spec)
         stored, slots = ((cache.k_NJK, "new k"), (cache.v_NJK, "new v")), self._batch.slots
         new = [self._backend.gather(store, slots, q_THK.dtype, purpose) for store, purpose in stored]
         return self._attend_stored(q_THK, new[0], new[1], cache, spec)

@@ -79,6 +79,12 @@ class TritonBackend:
         self._expanded_bytes = expanded_bytes
 
     def begin_step(self, batch: StepBatch, block_size: int) -> "TritonStep":
+        in_pages = batch.for_pages()
+        if in_pages is None:
+            return self._step(batch, block_size)
+        return replace(self._step(batch, block_size), in_pages=self._step(in_pages, block_size))
+
+    def _step(self, batch: StepBatch, block_size: int) -> "TritonStep":
         decoding = sum(1 for _ in takewhile(lambda count: count == 1, batch.query_lens_host))
         tables, lens = batch.block_tables, batch.context_lens
         decode = PagedRows(aligned(tables[:decoding]), aligned(lens[:decoding])) if decoding else None
@@ -123,6 +129,8 @@ class TritonStep:
     states: StepStates | None = None
     latent_prompts: PromptRows | None = None
     """Prompts whose keys and values are projected from latents; None: they attend to latents as rows that decode do."""
+    in_pages: "TritonStep | None" = None
+    """The step in layers that keep blocks in sight only."""
 
     @property
     def packed(self) -> "TritonStep":
@@ -131,6 +139,8 @@ class TritonStep:
     def attend_packed(
         self, qkv_TAK: Tensor, scale_T: Tensor | None, table_PK: Tensor, cache: LayerCache, spec: AttentionSpec
     ) -> Tensor:
+        if cache.has_pages and self.in_pages is not None:
+            return self.in_pages.attend_packed(qkv_TAK, scale_T, table_PK, cache, spec)
         norms = (spec.norms.q_weight, spec.norms.k_weight, spec.norms.eps) if spec.norms is not None else ()
         heads = PackedHeads(qkv_TAK, table_PK, scale_T, *norms)
         if self.decode is not None and self.prompts is None:
@@ -141,6 +151,8 @@ class TritonStep:
     def attend_shared_packed(
         self, q_THK: Tensor, scale_T: Tensor | None, table_PK: Tensor, cache: LayerCache, spec: AttentionSpec
     ) -> Tensor:
+        if cache.has_pages and self.in_pages is not None:
+            return self.in_pages.attend_shared_packed(q_THK, scale_T, table_PK, cache, spec)
         # The kernel that rotates takes keys and values too: zeros, which slot -1 keeps out of the cache.
         tokens, _, dim = q_THK.shape
         heads_TAK = torch.cat((q_THK, q_THK.new_zeros(tokens, 2 * cache.k_NBJK.shape[2], dim)), dim=1)

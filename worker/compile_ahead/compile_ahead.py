@@ -18,6 +18,7 @@ from threading import Thread
 import torch
 
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan, WorkerSpec
+from mgpu.protocol.model.kv_pools import PoolSize, has_pages
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.models.build import DecoderStage, build_stage, init_linear
@@ -49,8 +50,8 @@ class CompileAhead:
     place: RankPlace
     device: torch.device
     group: MeasurableGroup
-    make_state: Callable[[int, Sequence[int], int], tuple[RowTable, KvCache]]
-    """Returns rows, and a cache of so many blocks and states for some layers, as the worker will have them."""
+    make_state: Callable[[PoolSize, Sequence[int], int], tuple[RowTable, KvCache]]
+    """Returns rows, and a cache of so large pools and so many states for some layers, as the worker will have them."""
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -113,7 +114,9 @@ class CompileAhead:
         stage = self._short_stage(kinds)
         launch_check(self.device, stage.attention_shape)
         num_states = min(self.spec.limits.max_rows, 2)
-        rows, cache = self.make_state(-(-(_PROMPTS[0] + 1) // self.spec.limits.block_size), kinds, num_states)
+        limits, blocks = self.spec.limits, -(-(_PROMPTS[0] + 1) // self.spec.limits.block_size)
+        pool = PoolSize(blocks, blocks if has_pages(self.spec.facts.sight, limits) else 0)
+        rows, cache = self.make_state(pool, kinds, num_states)
         self._run_steps(stage, rows, cache)
         if self.spec.layout.placement.num_stages == 1:
             prepare_graphs(stage, cache, rows, self.group)

@@ -6,23 +6,23 @@ import torch
 
 from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.protocol.model import layout
+from mgpu.protocol.model.kv_pools import PoolSize, fewest_pages, has_pages, pool_size
 from mgpu.worker.errors import OutOfMemory
 
 
-def pool_blocks(spec: WorkerSpec, pool_bytes: int, block_bytes: int) -> int:
-    """Return how many blocks fit, at most as many as all rows at full length need. OutOfMemory if none fits.
-
-    A stage without layers, or of linear ones, stores no keys and values: any number fits.
-    """
-    limits = spec.limits
-    most = limits.max_rows * -(-(limits.max_seq_len + 1) // limits.block_size)
-    blocks = min(most, pool_bytes // block_bytes) if block_bytes else most * (pool_bytes >= 0)
-    if blocks < 1:
+def pools_of(spec: WorkerSpec, pool_bytes: int, block_bytes: int, page_bytes: int) -> PoolSize:
+    """Return how many blocks fit, and pages for window layers (kv_pools.py). OutOfMemory if no sequence could run."""
+    limits, sight = spec.limits, spec.facts.sight
+    size = pool_size(pool_bytes, block_bytes, page_bytes, sight, limits)
+    pages = fewest_pages(sight, limits) if has_pages(sight, limits) else 0
+    if size.num_blocks < 1 or size.num_pages < pages:
+        least = block_bytes + max(1, pages) * page_bytes
         raise OutOfMemory(
-            f"{pool_bytes / 2**20:.0f} MiB are left for the KV cache and one block of {limits.block_size} "
-            f"tokens takes {block_bytes / 2**20:.2f} MiB; use more GPUs, --quant, or a larger --memory-fraction"
+            f"{pool_bytes / 2**20:.0f} MiB are left for the KV cache and one block of {limits.block_size} tokens"
+            f"{f' with {pages} in sight of window layers' if pages else ''} takes {least / 2**20:.2f} MiB; "
+            "use more GPUs, --quant, or a larger --memory-fraction"
         )
-    return blocks
+    return size
 
 
 def cpu_pool_bytes(spec: WorkerSpec) -> int:

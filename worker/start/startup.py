@@ -7,12 +7,13 @@ from torch import Tensor
 
 from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint
 from mgpu.protocol.internal.worker_messages import Loaded, RowSampling, WorkerSpec
+from mgpu.protocol.model.kv_pools import PoolSize
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.worker.compile_ahead.compile_ahead import CompileAhead
 from mgpu.worker.models.build import DecoderStage, build_stage, init_dummy_weights, load_weights
 from mgpu.worker.ranks.links import Links
 from mgpu.worker.sampling.sampler import Sampler
-from mgpu.worker.start.pool_size import cpu_pool_bytes, cuda_pool_bytes, pool_blocks
+from mgpu.worker.start.pool_size import cpu_pool_bytes, cuda_pool_bytes, pools_of
 from mgpu.worker.state.batch import StepBatch
 from mgpu.worker.state.kv_cache import KvCache, block_bytes, stored_dtype
 from mgpu.worker.state.rows import RowTable, SampleRequest
@@ -73,7 +74,12 @@ class StartUp:
         """Return how many blocks this rank could hold, and its other sizes. OutOfMemory if it could hold none."""
         spec = self._spec
         linear, facts = spec.facts.count_linear(self._layers), spec.facts
-        per_block = block_bytes(facts, self._layers, self._place.part, spec.limits.block_size, self._kv_dtype)
+        window = [layer for layer in self._layers if facts.sliding_layers[layer]]
+        others = [layer for layer in self._layers if not facts.sliding_layers[layer]]
+        per_block, per_page = (
+            block_bytes(facts, layers, self._place.part, spec.limits.block_size, self._kv_dtype)
+            for layers in (others, window)
+        )
         if self._device.type == "cuda":
             pool = cuda_pool_bytes(spec, self._device, self._place.device, lambda: self.run_largest_step(stage))
             if not spec.kv_memory:
@@ -83,8 +89,9 @@ class StartUp:
         if facts.linear is not None:
             per_row = facts.linear.state_bytes(linear, self._place.tp_size, self._dtype.itemsize)
             pool -= (spec.limits.max_rows + spec.limits.num_snapshots) * per_row
-        blocks = pool_blocks(spec, pool, per_block)
-        return Loaded(spec.epoch, self._place.rank, blocks, per_block, stage.weight_bytes(), pool)
+        blocks, pages = pools_of(spec, pool, per_block, per_page)
+        in_block = per_block if pages else per_block + per_page
+        return Loaded(spec.epoch, self._place.rank, blocks, in_block, stage.weight_bytes(), pool, pages)
 
     def _graph_bytes(self) -> int:
         """Bound what the CUDA graphs of decode steps will hold: activations, logits, and the graphs themselves."""
@@ -92,25 +99,27 @@ class StartUp:
         per_row = self._dtype.itemsize * (8 * facts.hidden_size + 4 * facts.intermediate_size + facts.vocab_size)
         return 2 * self._spec.limits.max_rows * per_row + _GRAPH_BYTES
 
-    def allocate(self, stage: DecoderStage, num_blocks: int) -> ModelRunner:
-        """Allocate the pool and the rows."""
+    def allocate(self, stage: DecoderStage, pool: PoolSize) -> ModelRunner:
+        """Allocate the pools and the rows."""
         limits = self._spec.limits
-        rows, cache = self._state(num_blocks, self._layers, limits.max_rows + limits.num_snapshots)
+        rows, cache = self._state(pool, self._layers, limits.max_rows + limits.num_snapshots)
         num_stages = self._spec.layout.placement.num_stages
         return ModelRunner(stage, cache, rows, self._links, self._spec.facts, self._place, num_stages)
 
-    def _state(self, num_blocks: int, layers: Sequence[int], num_states: int) -> tuple[RowTable, KvCache]:
+    def _state(self, pool: PoolSize, layers: Sequence[int], num_states: int) -> tuple[RowTable, KvCache]:
         """Allocate rows, and what some layers keep of them."""
         limits, types = self._spec.limits, (self._dtype, self._kv_dtype)
-        rows = RowTable(limits.max_rows, limits.max_seq_len, limits.block_size, num_blocks, self._device)
-        sizes = num_blocks, limits.block_size, num_states
-        return rows, KvCache.of_layers(self._spec.facts, layers, self._place.part, sizes, types, self._device)
+        shape = limits.max_rows, limits.max_seq_len, limits.block_size, pool.num_blocks
+        rows = RowTable(*shape, self._device, pool.num_pages)
+        sizes = pool.num_blocks, limits.block_size, num_states
+        how = self._place.part, sizes, types, self._device, pool.num_pages
+        return rows, KvCache.of_layers(self._spec.facts, layers, *how)
 
     @torch.inference_mode()
     def run_largest_step(self, stage: DecoderStage) -> None:
         """Run the largest step there can be, without the other ranks, on a pool of one block."""
         self._links.group.alone = True
-        rows, cache = self._state(1, self._layers, 1)
+        rows, cache = self._state(PoolSize(1), self._layers, 1)
         batch = self._largest_batch()
         if stage.is_first:
             x_TD = stage.embed(batch.token_ids)

@@ -19,6 +19,7 @@ from mgpu.protocol.internal.worker_messages import (
     WorkerFailure,
     WorkerSpec,
 )
+from mgpu.protocol.model.kv_pools import PoolSize
 from mgpu.worker.compile_ahead.compile_ahead import start_triton
 from mgpu.worker.control_socket import ControlSocket
 from mgpu.worker.device import cuda_ordinal
@@ -74,14 +75,14 @@ class Worker:
             stage, loaded_bytes = start_up.load(self._progress)
             self._report(loaded_bytes, loaded_bytes)
             self.control.send(start_up.measure(stage))
-        num_blocks = self._wait_for_allocation()
-        if num_blocks is None:
+        pool = self._wait_for_allocation()
+        if pool is None:
             links.close()
             return
         with self._timed("cache"):
-            runner = start_up.allocate(stage, num_blocks)
+            runner = start_up.allocate(stage, pool)
         with self._timed("warmup"):
-            room = min(spec.limits.max_seq_len, num_blocks * spec.limits.block_size)
+            room = min(spec.limits.max_seq_len, pool.num_blocks * spec.limits.block_size)
             tokens = max(1, min(_WARM_UP_TOKENS, spec.limits.max_batch_tokens, room - 2))
             runner.warm_up(tokens, spec.epoch)
             gc.collect()
@@ -96,8 +97,8 @@ class Worker:
         runner.close()
         links.close()
 
-    def _wait_for_allocation(self) -> int | None:
-        """Return the blocks to allocate; None if the orchestrator stops this worker before."""
+    def _wait_for_allocation(self) -> PoolSize | None:
+        """Return the pools to allocate; None if the orchestrator stops this worker before."""
         order = self.control.receive(int(PEERS_LOAD_TIMEOUT_S * 1000))
         if order is None:
             raise TimeoutError(f"no order to allocate the KV cache within {PEERS_LOAD_TIMEOUT_S:g} s")
@@ -105,7 +106,7 @@ class Worker:
             return None
         if not isinstance(order, AllocateCache):
             raise BadPlan(f"{type(order).__name__} before the KV cache was allocated")
-        return order.num_blocks
+        return PoolSize(order.num_blocks, order.num_pages)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """The tensors of one step, as the model sees them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -20,6 +21,15 @@ class StepRows:
     counts_host: list[int]
     """Tokens of each in this step."""
     contexts_host: list[int]
+
+
+class InPages(NamedTuple):
+    """The same step in layers that keep blocks in sight only, each in a page."""
+
+    slots: Tensor
+    """int64 [T]."""
+    tables: Tensor
+    """int32 [R, B]; entries before what a row sees are arbitrary but valid page numbers."""
 
 
 @dataclass(slots=True)
@@ -50,6 +60,14 @@ class StepBatch:
     """Tokens per row, on the host."""
     context_lens_host: list[int]
     """``context_lens`` on the host, so that the host need not wait for the device."""
+    in_pages: InPages | None = None
+    """None: all layers keep all blocks."""
+
+    def for_pages(self) -> "StepBatch | None":
+        """Return the step as layers with pages see it; None if no layer has them."""
+        if self.in_pages is None:
+            return None
+        return replace(self, slots=self.in_pages.slots, block_tables=self.in_pages.tables, in_pages=None)
 
     @property
     def step_rows(self) -> StepRows:

@@ -28,6 +28,8 @@ class LayerCache:
 
     def __init__(self, k_NBJK: Tensor, v_NBJK: Tensor, states: LayerStates | None = None) -> None:
         self.states = states
+        self.has_pages = False
+        """True if it keeps blocks in sight only, each in a page (`RowTable.pages`). Then N counts pages."""
         self.k_NBJK = k_NBJK
         self.v_NBJK = v_NBJK
         self.k_NJK = k_NBJK.flatten(0, 1)
@@ -105,11 +107,12 @@ class KvCache:
         sizes: tuple[int, int, int],
         types: tuple[torch.dtype, torch.dtype],
         device: torch.device,
+        num_pages: int = 0,
     ) -> "KvCache":
         """Allocate what some layers of a model need on a rank.
 
         ``sizes``: blocks, tokens of a block, and rows that have states. ``types``: of activations, and of keys and
-        values.
+        values. ``num_pages``: blocks that window layers keep; 0: all.
         """
         num_blocks, block_size, num_states = sizes
         cache, is_latent = cls(0, num_blocks, block_size, 1, facts.head_dim, types[1], device), facts.latent is not None
@@ -118,9 +121,11 @@ class KvCache:
             if (source := facts.cache_source(layer)) != layer:
                 cache.layers.append(cache.layers[layers.index(source)])
                 continue
-            blocks = 0 if is_linear else num_blocks
+            has_pages = num_pages > 0 and facts.sliding_layers[layer]
+            blocks = 0 if is_linear else num_pages if has_pages else num_blocks
             shape = block_size, *heads_of(facts, layer, part), types[1], device
             cache.layers += cls(1, blocks, *shape, is_latent).layers
+            cache.layers[-1].has_pages = has_pages
         if facts.linear is not None and any(are_linear):
             pool = StatePool(facts.linear, sum(are_linear), part.size, num_states, types[0], device)
             cache.states = pool

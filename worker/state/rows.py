@@ -11,13 +11,14 @@ from array import array
 from dataclasses import dataclass
 from itertools import accumulate
 from struct import Struct
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
 from mgpu.worker.errors import BadPlan
-from mgpu.worker.state.batch import StepBatch
+from mgpu.worker.state.batch import InPages, StepBatch
 
 if sys.byteorder != "little":
     raise ImportError("mgpu's messages are little-endian")
@@ -51,6 +52,15 @@ class SampleRequest:
         )
 
 
+class AppendedBlocks(NamedTuple):
+    """What the kernel of a decode step appends to its rows, in the order of the plan."""
+
+    blocks: list[int]
+    """-1: none."""
+    pages: list[int]
+    """Where window layers keep each of them; empty if they keep all blocks."""
+
+
 class RowTable:
     """State of all rows of one worker.
 
@@ -61,11 +71,24 @@ class RowTable:
     columns of one table, so that a new request is one copy, for which the first step of its prompt waits.
     """
 
-    def __init__(self, max_rows: int, max_seq_len: int, block_size: int, num_blocks: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        max_rows: int,
+        max_seq_len: int,
+        block_size: int,
+        num_blocks: int,
+        device: torch.device,
+        num_pages: int = 0,
+    ) -> None:
         self.device = device
         self.max_rows = max_rows
         self.block_size = block_size
         self.num_blocks = num_blocks
+        self._num_pages = num_pages
+        self.pages: Tensor | None = None
+        """int32 [blocks]: where window layers keep each block. Has a meaning for blocks that some row sees."""
+        if num_pages:
+            self.pages = torch.zeros(num_blocks, dtype=torch.int32, device=device)
         width = max_seq_len + 1
         columns = [2, 1, -(-width // block_size), width]
         self._table = torch.zeros((max_rows, sum(columns)), dtype=torch.int32, device=device)
@@ -85,16 +108,14 @@ class RowTable:
         Freed rows change only what the host knows of them. New rows and new blocks are copied to the device.
         """
         self._change_occupants(plan)
+        self._map_pages(plan.page_blocks, plan.page_ids)
         if plan.block_rows:
             self._append(plan.block_rows, plan.block_ids)
 
-    def apply_decode(self, plan: StepPlan) -> list[int]:
-        """Like `apply`, for a step of one token per row, except that the step's own kernel appends the blocks.
-
-        Return for each row of the plan the block that the kernel must append to it, -1 for none.
-        """
+    def apply_decode(self, plan: StepPlan) -> AppendedBlocks:
+        """Like `apply`, for a step of one token per row, except that the step's own kernel appends the blocks."""
         self._change_occupants(plan)
-        appended_blocks = [-1] * len(plan.rows)
+        appended_blocks, pages = [-1] * len(plan.rows), dict(zip(plan.page_blocks, plan.page_ids, strict=True))
         if plan.block_rows:
             index_of = {row: index for index, row in enumerate(plan.rows)}
             is_once = len(index_of.keys() & set(plan.block_rows)) == len(plan.block_rows)
@@ -109,7 +130,12 @@ class RowTable:
             else:
                 self._append(plan.block_rows, plan.block_ids)
         self.check(plan)
-        return appended_blocks
+        if self.pages is None:
+            return AppendedBlocks(appended_blocks, [])
+        appended_pages = [pages.pop(block, 0) if block >= 0 else 0 for block in appended_blocks]
+        self._check_pages(appended_pages)
+        self._map_pages(list(pages), list(pages.values()))
+        return AppendedBlocks(appended_blocks, appended_pages)
 
     def _change_occupants(self, plan: StepPlan) -> None:
         for row in plan.free_rows:
@@ -147,6 +173,20 @@ class RowTable:
         index = self.to_device([rows, places, block_ids])
         self.blocks[index[0], index[1]] = index[2].to(torch.int32)
 
+    def _map_pages(self, blocks: list[int], pages: list[int]) -> None:
+        """Note where window layers keep some blocks from now on."""
+        if not blocks:
+            return
+        self._check_blocks(blocks)
+        self._check_pages(pages)
+        assert self.pages is not None, "pages without a pool of them"
+        blocks_N, pages_N = self.to_device([blocks, pages])
+        self.pages[blocks_N] = pages_N.to(torch.int32)
+
+    def _check_pages(self, pages: list[int]) -> None:
+        if pages and not 0 <= min(pages) <= max(pages) < self._num_pages:
+            raise BadPlan(f"pages {min(pages)}..{max(pages)} in a pool of {self._num_pages}")
+
     def _check_blocks(self, block_ids: list[int]) -> None:
         if block_ids and not 0 <= min(block_ids) <= max(block_ids) < self.num_blocks:
             raise BadPlan(f"blocks {min(block_ids)}..{max(block_ids)} in a pool of {self.num_blocks}")
@@ -167,23 +207,32 @@ class RowTable:
             token_rows_T, positions_T = rows_R, starts_R
         else:
             token_rows_T, positions_T = _spread(rows_R, starts_R, counts_R, ends_R, total)
-        blocks_T = self.blocks[token_rows_T, positions_T // self.block_size].long()
-        longest = -(-max(contexts) // self.block_size)
+        blocks_T = self.blocks[token_rows_T, positions_T // self.block_size]
+        tables_RB = self.blocks[rows_R, : -(-max(contexts) // self.block_size)]
         batch = StepBatch(
             rows=rows_R,
             token_ids=self.tokens[token_rows_T, positions_T].long(),
             positions=positions_T,
-            slots=blocks_T * self.block_size + positions_T % self.block_size,
+            slots=self._slots(blocks_T, positions_T),
             query_starts=torch.cat([ends_R.new_zeros(1), ends_R]).to(torch.int32),
             context_lens=contexts_R.to(torch.int32),
-            block_tables=self.blocks[rows_R, :longest],
+            block_tables=tables_RB,
             logit_rows=logit_rows_S,
             query_lens_host=plan.counts,
             context_lens_host=contexts,
+            in_pages=self._in_pages(blocks_T, positions_T, tables_RB),
         )
         if not sampling:
             return batch, None
         return batch, self.request(sampled_rows, positions, rows_S, positions_S)
+
+    def _in_pages(self, blocks_T: Tensor, positions_T: Tensor, tables_RB: Tensor) -> InPages | None:
+        if self.pages is None:
+            return None
+        return InPages(self._slots(self.pages[blocks_T], positions_T), self.pages[tables_RB])
+
+    def _slots(self, blocks_T: Tensor, positions_T: Tensor) -> Tensor:
+        return blocks_T.long() * self.block_size + positions_T % self.block_size
 
     def request(self, rows: list[int], positions: list[int], rows_S: Tensor, positions_S: Tensor) -> SampleRequest:
         """Return the request to choose tokens of ``rows`` at ``positions``, which are also on the device."""

@@ -7,6 +7,7 @@ reads its inputs from the persistent rows, and writes the chosen tokens to them 
 # R rows of the padded batch
 
 from array import array
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from mgpu.protocol.internal.worker_messages import StepPlan
 from mgpu.worker.attention.triton_backend import PagedRows, TritonStep
 from mgpu.worker.kernels.linear.inputs import StateRows, StepStates
 from mgpu.worker.kernels.step_inputs import DecodeInputs, prepare_decode
+from mgpu.worker.state.rows import AppendedBlocks
 from mgpu.worker.steps.graph_pool import HEAD, GraphParts, StepGraph, StepOutput, padded, whole_lines
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
@@ -30,7 +32,9 @@ class DecodeGraphs:
         self._parts = parts
         self._rows = rows = parts.rows
         self._graphs: dict[int, StepGraph] = {}
-        self._inputs = DecodeInputs.create(graph_size(rows.max_rows), rows.blocks.shape[1], rows.device)
+        self._has_pages = rows.pages is not None
+        shape = graph_size(rows.max_rows), rows.blocks.shape[1]
+        self._inputs = DecodeInputs.create(*shape, rows.device, self._has_pages)
 
     def takes(self, plan: StepPlan) -> bool:
         """Return True if every row of a plan computes and samples one token, and graphs can add up so many rows."""
@@ -42,33 +46,39 @@ class DecodeGraphs:
         """Make the graph of a size, if it is not there yet."""
         if size not in self._graphs:
             self._graphs[size] = self._parts.pool.capture(
-                staged_length(size), lambda staged: self._forward(size, staged)
+                staged_length(size, self._has_pages), lambda staged: self._forward(size, staged)
             )
 
-    def run(self, plan: StepPlan, appended_blocks: list[int], tag: int, is_simple: bool) -> StepOutput | None:
-        """Launch a step that `takes` accepts; ``appended_blocks`` is the result of `RowTable.apply_decode`."""
+    def run(self, plan: StepPlan, appended: AppendedBlocks, tag: int, is_simple: bool) -> StepOutput | None:
+        """Launch a step that `takes` accepts; ``appended`` is the result of `RowTable.apply_decode`."""
         size = graph_size(len(plan.rows))
         self.prepare(size)
         column = whole_lines(size)
-        columns = padded(plan.rows, column) + padded(plan.starts, column) + padded(appended_blocks, column)
+        columns = padded(plan.rows, column) + padded(plan.starts, column) + padded(appended.blocks, column)
+        if self._has_pages:
+            columns += padded(appended.pages, column)
         return self._parts.pool.replay(
             self._graphs[size], array("i", [*padded([len(plan.rows), tag, int(is_simple)], HEAD), *columns])
         )
 
     def _forward(self, size: int, staged: Tensor) -> StepOutput | None:
         rows, column = self._rows, whole_lines(size)
-        rows_R, starts_R, appended_R = (staged[HEAD + i * column :][:size] for i in range(3))
-        whole = self._inputs
-        buffers = whole.token_ids, whole.positions, whole.slots, whole.context_lens, whole.block_tables
-        inputs = DecodeInputs(*(buffer[:size] for buffer in buffers))
+        rows_R, starts_R, appended_R, *appended_pages = (
+            staged[HEAD + i * column :][:size] for i in range(3 + self._has_pages)
+        )
+        inputs = self._inputs.first(size)
         parts, stage = self._parts, self._parts.stage
         parts.fetch_tokens(rows_R, starts_R, staged)
-        prepare_decode(rows_R, starts_R, staged[:1], rows.tokens, rows.blocks, rows.block_size, inputs, appended_R)
+        known = rows.tokens, rows.blocks, rows.block_size
+        prepare_decode(rows_R, starts_R, staged[:1], *known, inputs, appended_R, rows.pages, *appended_pages)
         parts.expect_tokens(rows_R, inputs.context_lens, staged)
         x_RD = stage.embed(inputs.token_ids) if stage.is_first else parts.receive(size, staged)
-        paged = PagedRows(inputs.block_tables, inputs.context_lens)
         states = StepStates(StateRows(rows_R, inputs.context_lens), None) if stage.facts.linear is not None else None
-        step = TritonStep(inputs.positions, inputs.slots, paged, None, None, states)
+        lens_R = inputs.context_lens
+        step = TritonStep(inputs.positions, inputs.slots, PagedRows(inputs.block_tables, lens_R), None, None, states)
+        if inputs.page_slots is not None and inputs.page_tables is not None:
+            paged = TritonStep(inputs.positions, inputs.page_slots, PagedRows(inputs.page_tables, lens_R), None, None)
+            step = replace(step, in_pages=paged)
         x_RD = stage.run_layers_with(x_RD, step, inputs.positions, parts.cache)
         if not stage.is_last:
             parts.send(x_RD, staged)
@@ -82,6 +92,6 @@ def graph_size(rows: int) -> int:
     return next((size for size in SIZES if size >= rows), -(-rows // SIZES[-1]) * SIZES[-1])
 
 
-def staged_length(size: int) -> int:
+def staged_length(size: int, has_pages: bool) -> int:
     """Return how many numbers a step of this size is staged in."""
-    return HEAD + 3 * whole_lines(size)
+    return HEAD + (3 + has_pages) * whole_lines(size)

@@ -83,7 +83,7 @@ class Graphs:
         # Sizes double, so the least that holds `max_rows` rows is below twice that. Larger ones would never be used.
         self._first_decode = [size for size in _FIRST_DECODE if size < 2 * rows.max_rows]
         self._first_decode = [size for size in self._first_decode if size <= captured_rows(group)]
-        most_staged = max(MOST_STAGED, staged_length(graph_size(rows.max_rows)))
+        most_staged = max(MOST_STAGED, staged_length(graph_size(rows.max_rows), rows.pages is not None))
         tries = stage.facts.borrowed is not None
         self._pool = GraphPool(rows.device, most_staged, tries) if capture else Uncaptured(rows.device, most_staged)
         parts = GraphParts(self._pool, stage, cache, rows, group, relay)
@@ -97,8 +97,8 @@ class Graphs:
         """Apply and launch a step that `take` accepts; its tokens get the tag. None unless this stage chooses."""
         rows = self._rows
         if self._decode.takes(plan):
-            appended_blocks = rows.apply_decode(plan)
-            return self._decode.run(plan, appended_blocks, tag, self._posts and rows.are_simple(plan))
+            appended = rows.apply_decode(plan)
+            return self._decode.run(plan, appended, tag, self._posts and rows.are_simple(plan))
         rows.apply(plan)
         rows.check(plan)
         return self._prompts.run(plan, tag, self._posts and rows.are_simple(plan))

@@ -7,6 +7,7 @@ with prompts have no context; for the prefill kernel, rows that decode have no q
 # T tokens of the padded step, R rows of it
 
 from array import array
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -88,8 +89,7 @@ class PromptGraphs:
         parts.fetch_tokens(token_rows_T, positions_T, staged)
         parts.expect_tokens(rows_R, sampled_R, staged)
         token_rows_T, positions_T = token_rows_T.long(), positions_T.long()
-        blocks_T = rows.blocks[token_rows_T, positions_T // rows.block_size].long()
-        slots_T = blocks_T * rows.block_size + positions_T % rows.block_size
+        blocks_T = rows.blocks[token_rows_T, positions_T // rows.block_size]
         is_token_T = torch.arange(tokens, device=rows.device) < head[:1]
         tables_RP = rows.blocks[rows_R.long()]
         starts = starts[: num_rows + 1]
@@ -97,14 +97,21 @@ class PromptGraphs:
         if stage.facts.linear is not None:
             prompts = StateRows(rows_R, prompt_lens_R, starts, owners_T)
             states = StepStates(StateRows(rows_R, decode_lens_R) if decodes else None, prompts)
-        step = TritonStep(
-            positions_T,
-            slots_T.where(is_token_T, -1),
-            PagedRows(tables_RP, decode_lens_R) if decodes else None,
-            PagedRows(tables_RP, prompt_lens_R, starts, owners_T),
-            None,
-            states,
-        )
+
+        def step_over(blocks_T: Tensor, tables_RP: Tensor) -> TritonStep:
+            slots_T = blocks_T.long() * rows.block_size + positions_T % rows.block_size
+            return TritonStep(
+                positions_T,
+                slots_T.where(is_token_T, -1),
+                PagedRows(tables_RP, decode_lens_R) if decodes else None,
+                PagedRows(tables_RP, prompt_lens_R, starts, owners_T),
+                None,
+                states,
+            )
+
+        step = step_over(blocks_T, tables_RP)
+        if rows.pages is not None:
+            step = replace(step, in_pages=step_over(rows.pages[blocks_T], rows.pages[tables_RP]))
         if stage.is_first:
             x_TD = stage.embed(rows.tokens[token_rows_T, positions_T].long())
         else:

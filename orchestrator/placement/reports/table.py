@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
-from mgpu.orchestrator.placement.fit import RankRow, gib
+from mgpu.orchestrator.placement.fit import gib
 from mgpu.orchestrator.placement.machine.nvml import Link
 from mgpu.orchestrator.placement.planner import Plan
+from mgpu.orchestrator.placement.rank_row import RankRow
 from mgpu.orchestrator.placement.reports.stored_formats import stored_json, stored_lines
 from mgpu.orchestrator.placement.split.sizes import active_bytes
 from mgpu.protocol.model.expert_facts import ExpertFacts
@@ -37,7 +38,7 @@ def layout_text(plan: Plan) -> str:
         f"KV cache{narrow}: {plan.kv_tokens:,} tokens, {plan.concurrency:.1f} requests at the full context of "
         f"{plan.limits.max_seq_len:,}{_shortened(plan)}"
     )
-    lines += _latent_lines(plan) + _states_lines(plan)
+    lines += _latent_lines(plan) + _states_lines(plan) + _windows_lines(plan)
     if plan.layout.placement.world_size > 1:
         lines.append(_transport_line(plan))
     if plan.machine.hosts:
@@ -131,6 +132,22 @@ def _states_lines(plan: Plan) -> list[str]:
     return [
         f"states: {gib(largest.state_bytes)} per request {held}, in {sum(facts.linear.layers)} linear layers of "
         f"{facts.num_layers}; {room}"
+    ]
+
+
+def _windows_lines(plan: Plan) -> list[str]:
+    """Return what layers with a window keep, if they keep less than the others."""
+    facts, (window, in_chunks) = plan.facts, plan.facts.sight
+    largest = max(plan.rows, key=lambda row: row.window_token_bytes)
+    if not largest.window_tokens:
+        return []
+    longest, seen = plan.limits.max_seq_len, min(plan.limits.max_seq_len, largest.least_window_tokens)
+    held = "" if len(plan.rows) == 1 else f" on rank {largest.rank}"
+    return [
+        f"windows: {sum(facts.sliding_layers)} of {facts.num_layers} layers keep what a "
+        f"{'chunk' if in_chunks else 'window'} of {window:,} tokens shows, in a pool of {largest.window_tokens:,} "
+        f"tokens, {gib(largest.window_tokens * largest.window_token_bytes)}; a request of {longest:,} tokens takes "
+        f"{gib(largest.pool_bytes(longest, seen))} of both pools{held}, not {gib(largest.pool_bytes(longest, 0))}"
     ]
 
 
@@ -267,6 +284,8 @@ def _rank_json(row: RankRow) -> dict[str, object]:
         "kv_bytes": row.kv_bytes,
         "kv_token_bytes": row.kv_token_bytes,
         "kv_tokens": row.kv_tokens,
+        "window_token_bytes": row.window_token_bytes,
+        "window_tokens": row.window_tokens,
         "state_bytes": row.state_bytes,
         "states": row.states if row.state_bytes else 0,
         "snapshots": row.snapshots,

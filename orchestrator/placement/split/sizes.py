@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 
@@ -179,7 +180,7 @@ def rank_weight_bytes(
     return layers_bytes(facts, layers, place.tp_size, dtype_bytes, quant, split) + edges
 
 
-def kv_token_bytes(facts: ModelFacts, layers: range, tp_size: int, element_bytes: int) -> int:
+def kv_token_bytes(facts: ModelFacts, layers: Iterable[int], tp_size: int, element_bytes: int) -> int:
     """Return the KV-cache bytes of one token on a rank of some layers, of which linear ones have none."""
     own = [facts.of_layer(layer) for layer in layers if not facts.is_linear(layer)]
     own = [each for each in own if each.has_own_keys]

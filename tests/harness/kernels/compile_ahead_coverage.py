@@ -21,6 +21,7 @@ from bench.kernels.timing import compile_only, set_overlap
 from harness.models.parts import with_changes
 from harness.specs import make_plan, make_spec
 from mgpu.protocol.internal.worker_messages import WorkerSpec
+from mgpu.protocol.model.kv_pools import PoolSize, has_pages
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.worker.attention.check import attention_problem
 from mgpu.worker.compile_ahead.compile_ahead import CompileAhead
@@ -101,7 +102,7 @@ def start(start_up: StartUp, spec: WorkerSpec, place: RankPlace) -> None:
     attention_problem(CPU, stage.attention_shape)
     stage.assume_kernels()
     start_up.run_largest_step(stage)
-    runner = start_up.allocate(stage, 40)
+    runner = start_up.allocate(stage, PoolSize(40, 40 if has_pages(spec.facts.sight, spec.limits) else 0))
     if spec.layout.placement.num_stages == 1:
         start_up._links.group.alone = True
         runner.warm_up(16, 0)

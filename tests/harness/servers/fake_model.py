@@ -7,6 +7,7 @@ from array import array
 from dataclasses import dataclass
 
 from mgpu.protocol.internal.worker_messages import NewRow, StepPlan
+from mgpu.protocol.model.attention_facts import Sight, first_key
 
 VOCAB = 1000
 _EMPTY = 17
@@ -38,8 +39,20 @@ class _Row:
 
 
 class FakeModel:
-    def __init__(self, num_blocks: int, block_size: int, num_stages: int = 1, has_states: bool = False) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_stages: int = 1,
+        has_states: bool = False,
+        num_pages: int = 0,
+        sight: Sight = (None, False),
+    ) -> None:
         self.has_states = has_states
+        self.page_of: dict[int, int] = {}
+        """Of a model with window layers."""
+        self._pages: list[list[int | None]] = [[None] * block_size for _ in range(num_pages)]
+        self._sight = sight
         self.slots: dict[int, tuple[int, int]] = {}
         """States that were copied."""
         self.rows: dict[int, _Row] = {}
@@ -61,6 +74,8 @@ class FakeModel:
             self._add(new)
         for row, block in zip(plan.block_rows, plan.block_ids, strict=True):
             self.rows[row].blocks.append(block)
+        assert len(set(plan.page_blocks)) == len(plan.page_blocks), "a block takes two pages in one step"
+        self.page_of.update(zip(plan.page_blocks, plan.page_ids, strict=True))
         assert len(set(plan.rows)) == len(plan.rows), "a row is planned twice in one step"
         sampled: list[int] = []
         for row, start, count, samples in zip(plan.rows, plan.starts, plan.counts, plan.samples, strict=True):
@@ -89,12 +104,21 @@ class FakeModel:
         for position in range(start, start + count):
             state = mix(state, row.tokens[position])
             self._kv[row.blocks[position // self._size]][position % self._size] = state
+            if self._pages:
+                self._page(row, position)[position % self._size] = state
+        if self._pages:  # all tokens are written before any is read, so a page of the step must not have two blocks
+            for position in range(first_key(start, self._sight), start + count):
+                known = self._page(row, position)[position % self._size]
+                assert known == self._read(row, position), "what a window shows is of other tokens"
         if self.has_states:
             known = (0, _EMPTY) if start == 0 else row.state
             assert known == (start, _EMPTY if start == 0 else self._read(row, start - 1)), "a state of other tokens"
             row.state = start + count, state
         self.computed_tokens += count
         return state % VOCAB
+
+    def _page(self, row: _Row, position: int) -> list[int | None]:
+        return self._pages[self.page_of[row.blocks[position // self._size]]]
 
     def _read(self, row: _Row, position: int) -> int:
         state = self._kv[row.blocks[position // self._size]][position % self._size]

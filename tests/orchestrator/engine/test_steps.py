@@ -10,7 +10,15 @@ from mgpu.orchestrator.processes.worker_processes import WorkerProcesses
 from mgpu.orchestrator.scheduler.limits import Limits
 from mgpu.orchestrator.scheduler.scheduler import Scheduler
 from mgpu.protocol.internal.gateway_messages import Submit
-from mgpu.protocol.internal.worker_messages import CONTROL, RowGrammar, RowSampling, StepPlan, StepResult, Vocabulary
+from mgpu.protocol.internal.worker_messages import (
+    CONTROL,
+    RowGrammar,
+    RowSampling,
+    StepPlan,
+    StepResult,
+    Vocabulary,
+)
+from mgpu.protocol.model.kv_pools import PoolSize
 
 
 class FakeGroup:
@@ -69,7 +77,7 @@ def test_each_worker_group_gets_the_vocabulary_before_its_first_row_with_a_gramm
     assert run(2, structured) == [0]
     assert run(3, structured) == [0]
     scheduler.forget_workers("a test")
-    scheduler.use_workers(1, 16)
+    scheduler.use_workers(1, PoolSize(16))
     group.epoch = 1
     assert run(4, structured) == [0, 1]
 

@@ -14,6 +14,7 @@ from mgpu.orchestrator.scheduler.scheduler import Scheduler
 from mgpu.orchestrator.scheduler.sequence import token_cost_of
 from mgpu.protocol.internal.gateway_messages import Submit
 from mgpu.protocol.internal.worker_messages import LogitBias, RowGrammar, RowSampling, StepPlan, StepResult
+from mgpu.protocol.model.kv_pools import PoolSize
 
 HONEST, OTHER = 1, 2
 LIMITS = Limits(num_blocks=4096, block_size=4, max_rows=64, max_batch_tokens=512, max_seq_len=1024)
@@ -291,7 +292,7 @@ def test_everything_ends_whatever_room_there_is(seed: int) -> None:
         server.step()
         if rng.random() < 0.01:
             server.scheduler.forget_workers("boom")
-            server.scheduler.use_workers(server.scheduler._planner.epoch + 1, limits.num_blocks)
+            server.scheduler.use_workers(server.scheduler._planner.epoch + 1, PoolSize(limits.num_blocks))
             server.model = FakeModel(limits.num_blocks, limits.block_size, 1)
         server.scheduler.check_integrity()
     for _ in range(20_000):

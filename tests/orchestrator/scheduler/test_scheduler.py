@@ -4,14 +4,16 @@ import random
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from harness.scheduler_driver import Harness, limits, prompt_of
 from harness.servers.fake_model import solo_tokens
 from mgpu.orchestrator.placement.options import LimitsError
+from mgpu.orchestrator.scheduler import block_tables
 from mgpu.protocol.internal.gateway_messages import Submit
 from mgpu.protocol.internal.worker_messages import RowSampling, StepResult
+from mgpu.protocol.model.attention_facts import Sight
 
 
 @pytest.fixture
@@ -426,7 +428,7 @@ request_shapes = st.tuples(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shapes=st.lists(request_shapes, min_size=1, max_size=14),
     stages=st.integers(1, 3),
@@ -434,21 +436,29 @@ request_shapes = st.tuples(
     max_rows=st.integers(1, 6),
     budget=st.integers(1, 20),
     snapshots=st.sampled_from([0, 1, 2, 5, 40]),
+    pages=st.sampled_from([0, 0, 5, 7, 16]),
+    entry=st.sampled_from([4, 1024]),
+    sight=st.sampled_from([(1, False), (5, False), (8, False), (16, False), (8, True), (10, True)]),
     seed=st.integers(0, 2**32),
 )
 def test_any_schedule_gives_solo_tokens_and_returns_every_block(
+    monkeypatch: pytest.MonkeyPatch,
     shapes: list[tuple[int, int, int, int, tuple[int, ...]]],
     stages: int,
     num_blocks: int,
     max_rows: int,
     budget: int,
     snapshots: int,
+    pages: int,
+    entry: int,
+    sight: Sight,
     seed: int,
 ) -> None:
     rng = random.Random(seed)
+    monkeypatch.setattr(block_tables, "ENTRY_TOKENS", entry)
     harness = Harness(
         num_stages=stages, num_blocks=num_blocks, max_rows=max_rows, max_batch_tokens=max_rows + budget,
-        max_seq_len=64, num_snapshots=snapshots,
+        max_seq_len=64, num_snapshots=0 if pages else snapshots, num_pages=pages, sight=sight,
     )  # fmt: skip
     cancelled: set[int] = set()
     pending = list(enumerate(shapes))

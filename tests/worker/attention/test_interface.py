@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from harness.ranks.stage_driver import Row, make_batch
+from mgpu.protocol.model.attention_facts import Sight
 from mgpu.worker.attention.choose import select_backend
-from mgpu.worker.attention.interface import AttentionShape, AttentionSpec, Sight
+from mgpu.worker.attention.interface import AttentionShape, AttentionSpec
 from mgpu.worker.state.kv_cache import KvCache
 
 BLOCK = 4

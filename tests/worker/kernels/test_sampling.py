@@ -74,6 +74,24 @@ def test_decode_inputs_come_from_the_persistent_rows(device: torch.device) -> No
     assert inputs.token_ids[3] == 0
 
 
+def test_layers_that_keep_blocks_in_sight_only_have_tables_of_their_own(device: torch.device) -> None:
+    table = torch.zeros((4, 99), dtype=torch.int32, device=device)
+    blocks, tokens = table[:, 3:9], table[:, 9:]
+    blocks.copy_(torch.arange(24, dtype=torch.int32).view(4, 6))
+    pages = torch.arange(100, 200, dtype=torch.int32, device=device)
+    rows, starts = torch.tensor([3, 1, 0], device=device), torch.tensor([32, 33, 7], device=device)
+    appended, new_pages = torch.tensor([77, -1, 88], device=device), torch.tensor([5, 0, 6], device=device)
+    inputs = DecodeInputs.create(3, 6, device, has_pages=True)
+    count = torch.tensor([2], device=device)
+    prepare_decode(rows, starts, count, tokens, blocks, 16, inputs, appended, pages, new_pages)
+    assert inputs.page_slots is not None
+    assert inputs.page_tables is not None
+    assert inputs.page_slots.tolist() == [5 * 16, 108 * 16 + 1, -1]
+    assert inputs.page_tables[:2, :3].tolist() == [[118, 119, 5], [106, 107, 108]]
+    assert inputs.block_tables[:2, :3].tolist() == [[18, 19, 77], [6, 7, 8]]
+    assert [page for block, page in enumerate(pages.tolist()) if page != 100 + block] == [5], "noted for later steps"
+
+
 def test_new_blocks_are_appended_before_they_are_used(device: torch.device) -> None:
     table = torch.zeros((4, 99), dtype=torch.int32, device=device)
     blocks, tokens = table[:, 3:9], table[:, 9:]

@@ -15,7 +15,7 @@ from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.worker.errors import OutOfMemory
 from mgpu.worker.ranks.collectives import MeasurableGroup, SingleRank
 from mgpu.worker.ranks.links import Links
-from mgpu.worker.start.pool_size import cpu_pool_bytes, left_for_pool, pool_blocks
+from mgpu.worker.start.pool_size import cpu_pool_bytes, left_for_pool, pools_of
 from mgpu.worker.start.startup import StartUp, bytes_to_read
 
 MakeModel = Callable[[str], TinyModel]
@@ -68,8 +68,8 @@ def test_a_full_gpu_is_an_error_with_the_numbers_and_the_way_out(spec: WorkerSpe
 
 
 def test_the_pool_is_no_larger_than_all_rows_at_full_length(spec: WorkerSpec) -> None:
-    assert pool_blocks(spec, GIB, 1 << 20) == 8 * 9  # 8 rows of 129 tokens in blocks of 16
-    assert pool_blocks(spec, 10 << 20, 1 << 20) == 10
+    assert pools_of(spec, GIB, 1 << 20, 0) == (8 * 9, 0)  # 8 rows of 129 tokens in blocks of 16
+    assert pools_of(spec, 10 << 20, 1 << 20, 0) == (10, 0)
 
 
 def test_workers_on_a_cpu_take_what_they_are_told_or_a_share(spec: WorkerSpec) -> None:

@@ -1,6 +1,7 @@
 """Rows keep tokens, blocks and sampling between steps, and turn plans into batches."""
 
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
@@ -151,15 +152,32 @@ def take(table: RowTable, plan: StepPlan) -> None:
 def test_a_decode_step_is_told_the_blocks_that_its_rows_need_next() -> None:
     table = make_table()
     table.apply(plan_of([], [], [], [], new=[row_of(1, [1, 2, 3, 4], [0]), row_of(3, [5, 6], [1])]))
-    assert table.apply_decode(plan_of([3, 1], [2, 4], [1, 1], [1, 1], appended=([1], [9]))) == [-1, 9]
-    assert table.apply_decode(plan_of([3, 1], [3, 5], [1, 1], [1, 1])) == [-1, -1]
+    assert table.apply_decode(plan_of([3, 1], [2, 4], [1, 1], [1, 1], appended=([1], [9]))).blocks == [-1, 9]
+    assert table.apply_decode(plan_of([3, 1], [3, 5], [1, 1], [1, 1])).blocks == [-1, -1]
+
+
+def test_pages_of_blocks_are_noted_at_once_or_by_the_kernel_that_appends_them() -> None:
+    table = RowTable(4, 20, BLOCK, 10, torch.device("cpu"), num_pages=3)
+    assert table.pages is not None
+    new = [row_of(1, [1, 2, 3, 4], [7]), row_of(3, [5, 6], [8])]
+    table.apply(replace(plan_of([], [], [], [], new=new), page_blocks=[7, 8], page_ids=[2, 0]))
+    in_pages = table.batch(plan_of([1, 3], [2, 1], [1, 1], [1, 1]))[0].in_pages
+    assert in_pages is not None
+    assert in_pages.tables[:, 0].tolist() == [2, 0]
+    assert in_pages.slots.tolist() == [2 * BLOCK + 2, 1]
+    plan = replace(plan_of([3, 1], [2, 4], [1, 1], [1, 1], appended=([1], [9])), page_blocks=[9, 5], page_ids=[1, 2])
+    assert table.apply_decode(plan) == ([-1, 9], [0, 1])
+    assert table.pages[[7, 8, 5]].tolist() == [2, 0, 2]
+    for block, page in ((10, 0), (1, 3), (1, -1)):
+        with pytest.raises(BadPlan, match="in a pool of"):
+            table.apply(replace(plan_of([], [], [], []), page_blocks=[block], page_ids=[page]))
 
 
 def test_blocks_that_a_decode_step_does_not_reach_are_written_at_once() -> None:
     table = make_table()
     table.apply(plan_of([], [], [], [], new=[row_of(1, [1, 2], [0])]))
     plan = plan_of([1], [2], [1], [1], appended=([1, 1], [9, 5]))
-    assert table.apply_decode(plan) == [-1]
+    assert table.apply_decode(plan) == ([-1], [])
     assert table.blocks[1, :3].tolist() == [0, 9, 5]
 
 

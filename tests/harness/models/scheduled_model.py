@@ -1,0 +1,80 @@
+"""A scheduler and the model of one worker in one process: requests as a server runs them, without its processes."""
+
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+
+from harness.answers.greedy_runner import alone
+from harness.scheduler_driver import submit_of
+from mgpu.orchestrator.scheduler.limits import Limits
+from mgpu.orchestrator.scheduler.scheduler import Scheduler
+from mgpu.protocol.checkpoint.read import Checkpoint
+from mgpu.protocol.internal.worker_messages import StepResult
+from mgpu.worker.models.build import DecoderStage, build_stage, load_weights
+from mgpu.worker.state.kv_cache import KvCache
+from mgpu.worker.state.rows import RowTable
+from mgpu.worker.steps.model_runner import ModelRunner
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one client asks for."""
+
+    prompt_ids: list[int]
+    max_tokens: int
+
+
+class ScheduledModel:
+    """A model with its weights, for any number of runs with other pools."""
+
+    @torch.inference_mode()
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> None:
+        self.facts, self._dtype, self._device = checkpoint.facts, dtype, device
+        place, links = alone()
+        layers = range(self.facts.num_layers)
+        self._stage: DecoderStage = build_stage(
+            self.facts, place, layers, links.group, dtype, device, folder=checkpoint.source.path
+        )
+        load_weights(self._stage, checkpoint, lambda count: None)
+
+    @torch.inference_mode()
+    def run(self, limits: Limits, requests: list[Request]) -> tuple[list[list[int]], Scheduler]:
+        """Return the answers of requests that all come at once, and the scheduler at their end."""
+        scheduler, runner = Scheduler(limits), self._runner(limits)
+        answers: list[list[int]] = [[] for _ in requests]
+        for number, request in enumerate(requests):
+            scheduler.submit(submit_of(number, request.prompt_ids, request.max_tokens))
+        results: deque[StepResult] = deque()
+        while scheduler.num_live:
+            while (plan := scheduler.schedule()) is not None:
+                sampled = runner.run(plan)
+                results.append(StepResult(plan.epoch, plan.step, sampled.ids_S.tolist() if sampled else [], None, 0))
+            scheduler.apply(results.popleft())
+            if (outputs := scheduler.take_outputs()) is not None:
+                for number, tokens, error in zip(outputs.sequence_ids, outputs.token_ids, outputs.errors, strict=True):
+                    assert not error, error
+                    answers[number].extend(tokens)
+        scheduler.check_integrity()
+        runner.close()
+        return answers, scheduler
+
+    def _runner(self, limits: Limits) -> ModelRunner:
+        """Make rows and caches in which everything that was not written is NaN."""
+        place, links = alone()
+        self._stage.max_positions = limits.max_seq_len + 1
+        sizes = limits.num_blocks, limits.block_size, limits.max_rows + limits.num_snapshots
+        types = self._dtype, self._dtype
+        layers = self._stage.layer_range
+        cache = KvCache.of_layers(self.facts, layers, place.part, sizes, types, self._device, limits.num_pages)
+        for layer in cache.layers:
+            layer.k_NBJK.fill_(torch.nan)
+            layer.v_NBJK.fill_(torch.nan)
+            if layer.states is not None:
+                layer.states.state_NHKV.fill_(torch.nan)
+                layer.states.tail_NWC.fill_(torch.nan)
+        shape = limits.max_rows, limits.max_seq_len, limits.block_size, limits.num_blocks
+        rows = RowTable(*shape, self._device, limits.num_pages)
+        return ModelRunner(self._stage, cache, rows, links, self.facts, place, 1)
