@@ -110,13 +110,9 @@ class BlockTables:
         return True
 
     def come_into_sight(self, seq: Sequence, start: int, count: int) -> int:
-        """Give pages to the blocks of a sequence's next ``count`` tokens; return for how many of them there are some.
-
-        Pages of blocks that the token at ``start`` does not see are free before.
-        """
+        """Give pages to the blocks of a sequence's next ``count`` tokens; return for how many of them there are some."""
         if self.pages is None:
             return count
-        self._leave_behind(seq, start)
         end = -(-(start + count) // self._block_size)
         end = min(end, seq.sight.stop + self.pages.num_free)
         for block in seq.blocks[seq.sight.stop : end]:
@@ -124,22 +120,17 @@ class BlockTables:
         seq.sight = range(seq.sight.start, max(end, seq.sight.stop))
         return min(count, seq.sight.stop * self._block_size - start)
 
-    def _leave_behind(self, seq: Sequence, start: int) -> None:
+    def leave_behind(self, seq: Sequence, start: int) -> None:
         """Give up the pages of blocks that no token from ``start`` on sees."""
-        assert self.pages is not None
-        first = self.pages.first_block(start)
-        if first > seq.sight.start:
+        if self.pages is not None and (first := self.pages.first_block(start)) > seq.sight.start:
             self.pages.leave(seq.blocks[seq.sight.start : first], self.pool.is_known)
             seq.sight = range(first, seq.sight.stop)
             self.changes += 1
 
     def grow(self, seq: Sequence) -> int | None:
         """Append one block to a sequence's table and return it; None when none is free."""
-        if self.pages is not None:
-            self._leave_behind(seq, len(seq.blocks) * self._block_size)
-            if not self.pages.num_free:
-                return None
-        if not self.pool.num_free:
+        self.leave_behind(seq, len(seq.blocks) * self._block_size)
+        if not self.pool.num_free or (self.pages is not None and not self.pages.num_free):
             return None
         (block,) = self.pool.allocate(1)
         seq.blocks.append(block)

@@ -153,6 +153,7 @@ class StepPlanner:
             self.in_flight.append(StepRecord(step, sampled))
         for seq in prefilled:  # only now: a block can be reused from the next step on
             self.blocks.register(seq, seq.num_computed)
+            self.blocks.leave_behind(seq, seq.num_computed)
         return plan
 
     def _even_out(self, index: int) -> None:

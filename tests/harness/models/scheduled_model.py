@@ -11,6 +11,7 @@ from mgpu.orchestrator.scheduler.limits import Limits
 from mgpu.orchestrator.scheduler.scheduler import Scheduler
 from mgpu.protocol.checkpoint.read import Checkpoint
 from mgpu.protocol.internal.worker_messages import StepResult
+from mgpu.protocol.model.kv_pools import PoolSize
 from mgpu.worker.models.build import DecoderStage, build_stage, load_weights
 from mgpu.worker.state.kv_cache import KvCache
 from mgpu.worker.state.rows import RowTable
@@ -41,8 +42,11 @@ class ScheduledModel:
         load_weights(self._stage, checkpoint, lambda count: None)
 
     @torch.inference_mode()
-    def run(self, limits: Limits, requests: list[Request]) -> tuple[list[list[int]], Scheduler]:
-        """Return the answers of requests that all come at once, and the scheduler at their end."""
+    def run(self, limits: Limits, requests: list[Request], loses_after: int = 0) -> tuple[list[list[int]], Scheduler]:
+        """Return the answers of requests that all come at once, and the scheduler at their end.
+
+        ``loses_after``: the worker is lost after so many steps, with those in flight, and another takes its place.
+        """
         scheduler, runner = Scheduler(limits), self._runner(limits)
         answers: list[list[int]] = [[] for _ in requests]
         for number, request in enumerate(requests):
@@ -50,6 +54,14 @@ class ScheduledModel:
         results: deque[StepResult] = deque()
         while scheduler.num_live:
             while (plan := scheduler.schedule()) is not None:
+                if loses_after and scheduler.counters.steps == loses_after:
+                    loses_after = 0
+                    scheduler.forget_workers("lost")
+                    scheduler.use_workers(1, PoolSize(limits.num_blocks, limits.num_pages))
+                    results.clear()
+                    runner.close()
+                    runner = self._runner(limits)
+                    continue
                 sampled = runner.run(plan)
                 results.append(StepResult(plan.epoch, plan.step, sampled.ids_S.tolist() if sampled else [], None, 0))
             scheduler.apply(results.popleft())

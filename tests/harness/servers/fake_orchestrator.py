@@ -60,6 +60,7 @@ class Workers:
     seen: list[object] = field(default_factory=list)
     failures: list[WorkerFailure] = field(default_factory=list)
     num_blocks: int = 0
+    num_pages: int = 0
 
     def start(self, context: zmq.Context[zmq.Socket[bytes]], master_port: int | None = None) -> None:
         """Start all ranks. With a port they meet at MASTER_ADDR and MASTER_PORT, as under torchrun."""
@@ -121,7 +122,8 @@ class Workers:
         """Lead all workers to readiness, with the smallest pool that any of them reports."""
         loaded = [self.expect(rank, Loaded) for rank in range(len(self.sockets))]
         self.num_blocks = min(message.num_blocks for message in loaded if isinstance(message, Loaded))
-        self.send(AllocateCache(self.spec.epoch, self.num_blocks))
+        self.num_pages = min(message.num_pages for message in loaded if isinstance(message, Loaded))
+        self.send(AllocateCache(self.spec.epoch, self.num_blocks, self.num_pages))
         for rank in range(len(self.sockets)):
             self.expect(rank, Ready)
 
@@ -136,7 +138,7 @@ class Workers:
     def generate(
         self, prompt_ids: list[int], count: int, sampling: RowSampling | None = None, first_step: int = 1
     ) -> list[int]:
-        """Run one request alone, row 0, blocks in descending order."""
+        """Run one request alone, row 0, blocks in descending order; of window layers the last three have pages."""
         blocks = [*range(self.num_blocks - 1, -1, -1)][: -(-(len(prompt_ids) + count) // BLOCK_SIZE)]
         ids = b"".join(struct.pack("<i", id_) for id_ in prompt_ids)
         row = NewRow(0, ids, len(prompt_ids), blocks, sampling or RowSampling())
@@ -145,8 +147,12 @@ class Workers:
             start = len(prompt_ids) + index - 1 if index else 0
             length = 1 if index else len(prompt_ids)
             new_rows = [] if index else [row]
-            step = first_step + index * stages
-            output += self.step(StepPlan(epoch, step, [], new_rows, [], [], [0], [start], [length], [1])).token_ids
+            plan = StepPlan(epoch, first_step + index * stages, [], new_rows, [], [], [0], [start], [length], [1])
+            if self.num_pages and start % BLOCK_SIZE == 0:
+                numbers = range(start // BLOCK_SIZE, -(-(start + length) // BLOCK_SIZE))
+                pages = [number % 3 for number in numbers]
+                plan = replace(plan, page_blocks=[blocks[number] for number in numbers], page_ids=pages)
+            output += self.step(plan).token_ids
         self.send(StepPlan(epoch, first_step + count * stages, [0], [], [], [], [], [], [], []))
         return output
 

@@ -59,16 +59,21 @@ def failure_of(workers: Workers, rank: int) -> WorkerFailure:
     return failure
 
 
-LAYOUTS = [([2], "shared-memory"), ([1, 2], "shared-memory"), ([2, 1, 1], "shared-memory"), ([2, 2], "gloo")]
+LAYOUTS = [
+    ([2], "shared-memory", "llama"), ([1, 2], "shared-memory", "gemma3"), ([2, 1, 1], "shared-memory", "llama"),
+    ([2, 2], "gloo", "llama"),
+]  # fmt: skip
+"""Ranks of each stage; gemma3 has layers with windows."""
 
 
-@pytest.mark.parametrize(("sizes", "transport"), LAYOUTS, ids=str)
+@pytest.mark.parametrize(("sizes", "transport", "family"), LAYOUTS, ids=str)
 def test_every_layout_gives_the_same_tokens(
-    tiny_model: MakeModel, tmp_path: Path, sizes: list[int], transport: str
+    tiny_model: MakeModel, tmp_path: Path, sizes: list[int], transport: str, family: str
 ) -> None:
-    model = tiny_model("llama")
+    model = tiny_model(family)
     with running(make_spec(model.folder, sizes, transport), tmp_path) as workers:
         workers.make_ready()
+        assert (workers.num_pages > 0) == (family == "gemma3")
         assert workers.generate(model.prompt_ids, len(model.output_ids)) == model.output_ids
         if transport == "shared-memory":
             assert not any(psutil.Process(each.pid).net_connections() for each in workers.processes)

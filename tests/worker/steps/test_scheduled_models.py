@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,11 @@ from mgpu.orchestrator.scheduler.limits import Limits
 from mgpu.protocol.checkpoint.read import read_checkpoint
 
 MakeModel = Callable[[str], TinyModel]
-WINDOWED = ("mistral-window", "gemma3", "gemma4-small", "gpt-oss", "llama4")
-"""All layers, some, some that read another's cache, some with sinks, and chunks."""
+FAMILIES = (
+    "mistral-window", "gemma3", "gemma4-small", "gemma4-moe", "gpt-oss", "llama4", "qwen3-next", "qwen3.5-moe",
+    "deepseek-v3", "mistral4", "glm4-moe", "minimax-m2",
+)  # fmt: skip
+"""With windows in all layers or some, caches that are read by others, sinks, chunks, states, latents, experts."""
 
 
 def limits_of(**changes: object) -> Limits:
@@ -26,7 +30,7 @@ def mixed_requests(count: int, longest: int, seed: int = 0) -> list[Request]:
     """Return requests of which many begin alike, and some are alike. The first ones grow, so that blocks run out."""
     rng = random.Random(seed)
     systems = [[rng.randrange(3, 90) for _ in range(longest // 2)] for _ in range(3)]
-    found = [Request([3 + index], longest // 2) for index in range(count // 2)]
+    found = [Request([3 + index], longest // 2) for index in range(8)]
     for _ in range(count - len(found)):
         shared = rng.choice(systems)[: rng.choice([0, longest // 4, longest // 2])]
         own = [rng.randrange(3, 90) for _ in range(rng.randrange(1, longest // 3))]
@@ -41,17 +45,23 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
-@pytest.mark.parametrize("family", WINDOWED)
-def test_windows_that_give_up_blocks_change_no_token(
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streams_in_a_crowd_get_the_tokens_that_each_gets_alone(
     tiny_model: MakeModel, family: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny, size = tiny_model(family), 4 if device.type == "cpu" else 16
     monkeypatch.setattr(block_tables, "ENTRY_TOKENS", size)  # many begin, and must be preempted
-    model, requests = ScheduledModel(read_checkpoint(tiny.folder), device=device), mixed_requests(16, 10 * size)
+    model, requests = ScheduledModel(read_checkpoint(tiny.folder), device=device), mixed_requests(64, 10 * size)
     requests[3] = Request(tiny.prompt_ids, len(tiny.output_ids))
-    sizes = {"block_size": size, "max_seq_len": 16 * size - 1, "max_batch_tokens": 6 * size}
-    answers, scheduler = model.run(limits_of(**sizes, num_pages=13, sight=model.facts.sight), requests)
-    assert scheduler.counters.preemptions > 0
-    assert scheduler.counters.prefix_hit_tokens > 0
+    sight = model.facts.sight
+    limits = limits_of(
+        block_size=size, max_seq_len=16 * size - 1, max_batch_tokens=6 * size, sight=sight,
+        num_blocks=48 if sight[0] else 24, num_pages=16 if sight[0] else 0, num_snapshots=8 * bool(model.facts.linear),
+    )  # fmt: skip
+    answers, scheduler = model.run(limits, requests, loses_after=40)
+    counters = scheduler.counters
+    assert min(counters.preemptions, counters.prefix_hit_tokens, counters.replays) > 0
     assert answers[3] == tiny.output_ids, "transformers' tokens"
-    assert answers == model.run(limits_of(**sizes, max_rows=1, prefix_cache=False), requests)[0], "one by one"
+    some = range(0, 64, 8)
+    alone = replace(limits, max_rows=1, num_blocks=48, num_pages=0, num_snapshots=0, prefix_cache=False)
+    assert [answers[at] for at in some] == model.run(alone, [requests[at] for at in some])[0]
