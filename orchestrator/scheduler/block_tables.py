@@ -110,7 +110,7 @@ class BlockTables:
         return True
 
     def come_into_sight(self, seq: Sequence, start: int, count: int) -> int:
-        """Give pages to the blocks of a sequence's next ``count`` tokens; return for how many of them there are some."""
+        """Give pages to the blocks of a sequence's next ``count`` tokens; return how many tokens have them."""
         if self.pages is None:
             return count
         end = -(-(start + count) // self._block_size)
