@@ -61,7 +61,7 @@ class RankPool:
         finally:
             os.close(fd)
         errors = [answer["error"] for answer in answers if "error" in answer]
-        if any("CUDA error" in error or error == _ENDED for error in errors):
+        if any("CUDA error" in error or "CudaError" in error or error == _ENDED for error in errors):
             self.end()  # no later step of such a process would work
         assert not errors, "\n".join(errors)
         [found] = {json.dumps(answer["token_ids"]): answer for answer in answers if "token_ids" in answer}.values()

@@ -8,18 +8,23 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from harness.answers.greedy_runner import BLOCK, MOST_TOKENS, ROWS, make_runner, run_greedily
 from harness.specs import make_spec
 from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint
 from mgpu.protocol.internal.worker_messages import WorkerSpec
+from mgpu.worker.ranks import host_channel, peer_setup, relay_setup
 from mgpu.worker.ranks.links import connect, layout_of
 
 TIMEOUT_S = 20.0
+_pinned: list[Tensor] = []
+"""Memory of a job that CUDA knows. A worker's ends with its process; here the next job may be mapped to its place."""
 
 
 def spec_of(checkpoint: Checkpoint, job: dict[str, Any], device: str, fd: int) -> WorkerSpec:
@@ -30,6 +35,17 @@ def spec_of(checkpoint: Checkpoint, job: dict[str, Any], device: str, fd: int) -
         max_rows=ROWS, max_batch_tokens=256, max_seq_len=MOST_TOKENS, worker_timeout_s=TIMEOUT_S,
     )  # fmt: skip
     return replace(spec, model=checkpoint.source, shared_bytes=layout_of(spec).total_bytes)
+
+
+def pin(memory: Tensor, register: Callable[[Tensor], None] = host_channel.pin) -> None:
+    register(memory)
+    _pinned.append(memory)
+
+
+def unpin() -> None:
+    """Let CUDA forget the memory of a job."""
+    while _pinned:
+        torch.cuda.cudart().cudaHostUnregister(_pinned.pop().data_ptr())  # type: ignore[no-untyped-call]
 
 
 def answer(job: dict[str, Any], rank: int, device: str) -> dict[str, Any]:
@@ -56,6 +72,7 @@ def answer(job: dict[str, Any], rank: int, device: str) -> dict[str, Any]:
         links.report_failure()  # ends the other ranks' waits
         raise
     finally:
+        unpin()
         os.close(fd)
     found: dict[str, Any] = {"has_graphs": has_graphs, "notes": links.notes}
     if rows is not None:
@@ -66,6 +83,8 @@ def answer(job: dict[str, Any], rank: int, device: str) -> dict[str, Any]:
 def main() -> None:
     rank, device = int(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
+    for module in (host_channel, peer_setup, relay_setup):
+        module.pin = pin  # type: ignore[assignment]
     if device != "cpu":
         torch.cuda.set_device(device)
     print(json.dumps("ready"), flush=True)
