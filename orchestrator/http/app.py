@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from mgpu.orchestrator.http.edge.errors import CLIENT_CLOSED_STATUS, HttpError, error_of
 from mgpu.orchestrator.http.edge.guard import PAGE_PREFIX, ApiKeys, Guard
 from mgpu.orchestrator.http.edge.hosts import Hosts
+from mgpu.orchestrator.http.edge.unknown_path import unknown_path
 from mgpu.orchestrator.http.requests.anthropic_rules import PROMPT_RULES
 from mgpu.orchestrator.http.requests.anthropic_rules import RULES as MESSAGE_RULES
 from mgpu.orchestrator.http.requests.response_rules import RULES as RESPONSE_RULES
@@ -118,6 +119,6 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         found = HttpError(405, f"{request.method} is not for this path; use {allowed}", code="method_not_allowed")
         found.headers["allow"] = allowed
     else:
-        text = "there is no such path; GET /openapi.json lists what there is"
+        text = unknown_path(request.url.path, (each.path for each in PATHS))
         found = HttpError(error.status_code, text, code="not_found")
     return found.response(request.url.path)

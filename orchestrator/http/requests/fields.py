@@ -1,5 +1,6 @@
 """Check the fields of a body: a known field must be right, an unknown one is named in a warning and has no effect."""
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from mgpu.orchestrator.http.requests.rules import LogitBias, Seed, Stop
 from mgpu.orchestrator.http.requests.tool_rules import choose
 from mgpu.protocol.client.requests.request_message import GenerateOptions
 from mgpu.protocol.front.client_messages import GENERATE_RULES
-from mgpu.protocol.front.fields import INT32_MAX, FieldError, Integer, Rule, Text
+from mgpu.protocol.front.fields import INT32_MAX, FieldError, Integer, Rule, Text, shown
 
 SAME_NAMES = (
     "n", "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
@@ -27,6 +28,8 @@ SAMPLING: dict[str, Rule] = {
     **{name: FormField(kind) for name, kind in GUIDED.items()},
 }
 """What decides how tokens are chosen, for all endpoints that generate."""
+_MOST_NEAR, _LONG = 50, 40
+"""Of unknown fields, those that are compared with one that is missing."""
 OPTION_NAMES = frozenset(SAMPLING) - {"structured_outputs", *GUIDED}
 LABELS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
 """Fields for the provider's own books: they are to have no effect, so they need no warning."""
@@ -67,8 +70,10 @@ def parse_fields(body: Mapping[str, object], rules: Mapping[str, Rule], *require
             raise bad_request(str(error), name) from None
     for name in required:
         if name not in values:
+            near = difflib.get_close_matches(name, [each for each in ignored[:_MOST_NEAR] if len(each) < _LONG], n=1)
+            typed = f" (the body has {shown(near[0])})" if near else ""
             raise bad_request(
-                f"{name} is missing; it must be {rules[name].allowed}", name, "missing_required_parameter"
+                f"{name} is missing{typed}; it must be {rules[name].allowed}", name, "missing_required_parameter"
             )
     return Fields(values, ignored)
 
