@@ -15,9 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import psutil
-
 from mgpu.orchestrator.errors import UserError
+from mgpu.orchestrator.host.port_holder import port_holder, process_text
 
 NONE = "none"
 UNIX_PREFIX = "unix:"
@@ -25,7 +24,6 @@ UNIX_PATH_MAX = 107
 MAX_PORT = 65535
 BACKLOG = 2048
 _PORTS_TO_TRY = 100
-_COMMAND_CHARS = 60
 
 
 class HttpAddressError(UserError):
@@ -170,7 +168,7 @@ def _tcp_error(address: HttpAddress, error: OSError) -> HttpAddressError:
         free = _free_port(address)
         other = f"--http {_joined(address.host, free)} for another port, " if free else ""
         return HttpAddressTaken(
-            f"HTTP cannot listen on {address}: {_holder(address.port)} has it. Type {other}--http none to serve "
+            f"HTTP cannot listen on {address}: {port_holder(address.port)} has it. Type {other}--http none to serve "
             "without HTTP"
         )
     reason = error.strerror
@@ -191,33 +189,6 @@ def _free_port(address: HttpAddress) -> int:
                 probe.listen(1)
                 return port
     return 0
-
-
-def _holder(port: int) -> str:
-    """Describe the process that listens on a TCP port, as far as this user may know."""
-    with contextlib.suppress(psutil.Error, OSError):
-        for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
-                return _process_text(_first_holder(psutil.Process(connection.pid), port).pid)
-    return f"another program, perhaps of another user (sudo ss -ltnp 'sport = :{port}' shows it),"
-
-
-def _first_holder(process: psutil.Process, port: int) -> psutil.Process:
-    """Return the process from which others have inherited the socket: the one to end."""
-    with contextlib.suppress(psutil.Error, OSError):
-        while (parent := process.parent()) is not None and any(
-            each.status == psutil.CONN_LISTEN and each.laddr.port == port for each in parent.net_connections("tcp")
-        ):
-            process = parent
-    return process
-
-
-def _process_text(pid: int) -> str:
-    with contextlib.suppress(psutil.Error, OSError):
-        command = " ".join(psutil.Process(pid).cmdline())
-        shown = ascii(command)[1:-1]
-        return f"process {pid} ({shown if len(shown) <= _COMMAND_CHARS else shown[: _COMMAND_CHARS - 3] + '...'})"
-    return f"process {pid}"
 
 
 def _listen_unix(address: HttpAddress, for_all_users: bool) -> HttpListener:
@@ -272,7 +243,7 @@ def _remove_stale(address: HttpAddress) -> None:
             raise HttpAddressError(f"HTTP cannot listen on {address}: {reason}; choose another path") from None
         pid = struct.unpack("3i", probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
     raise HttpAddressTaken(
-        f"HTTP cannot listen on {address}: {_process_text(pid)} has it. Type another path, or --http none to serve "
+        f"HTTP cannot listen on {address}: {process_text(pid)} has it. Type another path, or --http none to serve "
         "without HTTP"
     )
 

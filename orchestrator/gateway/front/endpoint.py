@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import importlib.util
 import ipaddress
 import os
 from pathlib import Path
@@ -95,11 +96,20 @@ def _bind(socket: "zmq.Socket[Any]", endpoint: str) -> None:
     except zmq.ZMQError as error:
         reason, way_out = error.strerror, "choose another --bind"
         if error.errno == errno.EADDRINUSE:
-            text = f"cannot bind {endpoint}: another program is listening there; {way_out}"
-            raise EndpointInUse(text) from None
+            raise EndpointInUse(f"cannot bind {endpoint}: {_holder(endpoint)} is listening there; {way_out}") from None
         if error.errno in (errno.ENODEV, errno.EADDRNOTAVAIL):
             reason, way_out = "this machine has no such address", "see `ip address`"
         raise BindError(f"cannot bind {endpoint}: {reason}; {way_out}") from None
+
+
+def _holder(endpoint: str) -> str:
+    """Describe the program that has a port; without psutil, and on ipc, it is not known."""
+    port = endpoint.rpartition(":")[2]
+    if not endpoint.startswith("tcp://") or not port.isdecimal() or importlib.util.find_spec("psutil") is None:
+        return "another program"
+    from mgpu.orchestrator.host.port_holder import port_holder
+
+    return port_holder(int(port))
 
 
 def _check_ipc(path: str) -> None:

@@ -50,7 +50,10 @@ def test_an_endpoint_has_one_owner_until_it_is_released(new_socket: NewSocket, e
 
 @pytest.mark.parametrize(
     ("host", "has_keys", "words"),
-    [("127.0.0.1", False, "another program is listening there; choose"), ("192.0.2.1", True, "no such address; see")],
+    [
+        ("127.0.0.1", False, rf"process {os.getpid()} \(.*\) is listening there; choose"),
+        ("192.0.2.1", True, "no such address; see"),
+    ],
 )
 def test_what_stands_in_the_way_of_a_port_is_said(new_socket: NewSocket, host: str, has_keys: bool, words: str) -> None:
     taken, _ = bind(new_socket(), "tcp://127.0.0.1:0")
