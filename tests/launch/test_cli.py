@@ -41,6 +41,21 @@ def test_the_package_can_be_run_as_the_command() -> None:
     assert done.stdout.startswith("mgpu-launch, version ")
 
 
+def test_ctrl_c_while_modules_are_imported_leaves_no_traceback() -> None:
+    code = """if True:
+        import os, signal, sys
+        class Finder:
+            def find_spec(self, name, path=None, target=None):
+                if name == "mgpu.launch.cli":
+                    os.kill(os.getpid(), signal.SIGINT)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a shell's foreground
+        sys.meta_path.insert(0, Finder())
+        from mgpu.__main__ import main
+        main()"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 def test_a_terminal_that_lacks_a_letter_gets_a_question_mark() -> None:
     done = run("bench", "decode", "--help", encoding="latin-1")
     assert done.returncode == 0, done.stderr
