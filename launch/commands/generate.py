@@ -28,12 +28,12 @@ MOST_TOKENS = 512
         "mgpu-launch generate 'A person: ' --json-schema person.json",
     ),
 )
-@click.argument("prompt")
+@click.argument("words", nargs=-1, required=True, metavar="PROMPT")
 @talk_options(f"[default: {MOST_TOKENS}]")
 @click.option("--stop", multiple=True, help="End the answer before this text; may be repeated.")
 @click.option("--json-schema", metavar="FILE", shell_complete=complete_file, help="The answer is JSON of this schema.")
 def generate_command(
-    prompt: str,
+    words: tuple[str, ...],
     endpoint: str | None,
     keys: str | None,
     timeout: float,
@@ -45,6 +45,9 @@ def generate_command(
 
     Without --max-tokens the answer stops after 512 tokens.
     """
+    if len(words) > 1:
+        raise click.UsageError(f"{len(words)} words, but PROMPT is one: put it in quotes, such as 'Once upon a time'")
+    [prompt] = words
     text = _utf8("standard input", _read_input()) if prompt == "-" else _utf8("PROMPT", prompt)
     schema = None if json_schema is None else _read_schema(json_schema)
     options = typed({**sampling, "stop": list(stop) or None, "json_schema": schema})

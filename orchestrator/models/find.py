@@ -1,7 +1,9 @@
 """Find the model that ``-m`` names: a folder, a .gguf file, the demo model, or a model of the Hugging Face hub."""
 
 import contextlib
+import difflib
 import importlib.util
+import itertools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ FORMS = (
 BUILT_IN_DEMO = "builtin:demo"
 """How to name the demo where a folder has the same name."""
 DEMO_NAMES = ("demo", BUILT_IN_DEMO)
+_MOST_BESIDE = 1000
+"""Names of a folder that are compared with one that is not there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +82,18 @@ def check_name(name: str, environ: Mapping[str, str] = os.environ) -> None:
     with contextlib.suppress(OSError, RuntimeError):  # names that cannot be looked up: `resolve_model` says why
         is_here = Path(name).expanduser().exists()
         if not is_here and name not in DEMO_NAMES and not parse_hub_name(name, environ.get("HF_ENDPOINT", "")):
-            raise ModelError(f"{name}: no such file or folder; {FORMS}")
+            raise _nothing_there(name)
+
+
+def _nothing_there(name: str) -> ModelError:
+    """Return the error that names what lies beside a name that was mistyped."""
+    typed, beside = name.rpartition("/")[2], [] if "/" in name else list(DEMO_NAMES)
+    with contextlib.suppress(OSError, RuntimeError):  # the folder may be the mistake
+        folder = Path(name).expanduser().parent
+        beside += [each.name for each in itertools.islice(folder.iterdir(), _MOST_BESIDE) if each.name.isprintable()]
+    near = difflib.get_close_matches(typed, beside, n=1)
+    hint = f"did you mean {name.removesuffix(typed)}{near[0]}? " if near else ""
+    return ModelError(f"{name}: no such file or folder; {hint}{FORMS}")
 
 
 def _resolved(
@@ -94,7 +109,7 @@ def _resolved(
         return ResolvedModel(str(file.absolute()), "gguf", DEMO_NAME, is_demo=True)
     if of_hub := parse_hub_name(name, environ.get("HF_ENDPOINT", "")):
         return _from_hub(of_hub, part, report, offline)
-    raise ModelError(f"{name}: no such file or folder; {FORMS}")
+    raise _nothing_there(name)
 
 
 def _on_this_machine(name: str, path: Path, report: Callable[[str], None]) -> ResolvedModel | None:

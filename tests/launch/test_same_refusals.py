@@ -84,7 +84,10 @@ def make(folder: Path) -> Path:
 MISTAKES: list[tuple[list[str], int, str, Files]] = [
     # models
     ([], 78, "-m takes a model folder", nothing),
-    (["none/such/path"], 78, "no such file or folder", nothing),
+    (["none/such/path"], 78, "no such file or folder; -m takes", nothing),
+    (["demoo"], 78, "demoo: no such file or folder; did you mean demo?", nothing),
+    (["./m.bim"], 78, "did you mean ./m.bin?", plain_file),
+    (["./demo"], 78, "no such file or folder; -m takes", nothing),
     (["m.bin"], 78, "a file that is not .gguf", plain_file),
     (["m"], 78, "supported architectures", config_with(architectures=["BertModel"])),
     (["m"], 78, "config.json", broken_json),

@@ -1,5 +1,6 @@
 """Build a machine that the user describes, to plan for GPUs that are not here."""
 
+import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -85,10 +86,12 @@ def _device(ordinal: int, kind: int | GpuFacts) -> DeviceInfo:
 def _parse_size(part: str, text: str) -> int:
     match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,6})?)\s*([KMGT]i?)?B?", part, re.IGNORECASE)
     if match is None:
-        names = ", ".join(gpu.name for gpu in GPUS)
+        names = [gpu.name for gpu in GPUS]
+        near = difflib.get_close_matches(part[:80].upper(), names, n=1)
+        way_out = f"did you mean {near[0]}? " if near else ""
         raise DeviceError(
-            f'--gpus {text[:80]!r}: write a count such as "4", sizes such as "141GiB,80GiB", or kinds such as '
-            f'"2xH200"; known kinds: {names}'
+            f'--gpus {text[:80]!r}: {way_out}write a count such as "4", sizes such as "141GiB,80GiB", or kinds such as '
+            f'"2xH200"; known kinds: {", ".join(names)}'
         )
     unit = (match[2] or "").upper()
     scale = 1 if not unit else (1024 if unit.endswith("I") else 1000) ** ("KMGT".index(unit[0]) + 1)

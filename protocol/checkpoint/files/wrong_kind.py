@@ -33,7 +33,8 @@ def folder_without_config(folder: Path) -> str:
     if "model_index.json" in names:
         return "it holds a pipeline that makes images; language models are served here"
     if files := [name for name in names if name.lower().endswith(".gguf")]:
-        return f"it holds {files[0]}: name the file, {folder / files[0]}"
+        others = f" and {len(files) - 1} more .gguf" if len(files) > 1 else ""
+        return f"it holds {files[0]}{others}: name the file, {'such as ' if others else ''}{folder / files[0]}"
     if "params.json" in names:
         return "it holds weights in the form of their makers: download, or convert to, the form of transformers"
     below = [path.parent for path in (*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json"))]

@@ -28,6 +28,12 @@ def test_what_ends_by_itself_is_given_whole(count: int, capsys: pytest.CaptureFi
     assert capsys.readouterr().err == ""
 
 
+def test_a_prompt_without_quotes_is_refused_with_the_way_out() -> None:
+    result = CliRunner().invoke(generate_command, ["Once", "upon", "a", "time"])
+    assert result.exit_code == 2
+    assert "4 words, but PROMPT is one: put it in quotes" in result.output
+
+
 def test_a_prompt_that_is_not_utf8_is_refused_before_a_server_is_looked_for() -> None:
     result = CliRunner().invoke(generate_command, ["caf\udce9"])
     assert isinstance(result.exception, UserError)

@@ -55,6 +55,8 @@ def test_kinds_have_their_memory_and_their_links(text: str, names: list[str], li
 def test_an_unknown_kind_lists_the_known_ones_and_a_large_number_may_be_one() -> None:
     with pytest.raises(UserError, match=r"known kinds: B200, .*H200.*RTX 4090"):
         described_machine("2xH300", {})
+    with pytest.raises(UserError, match=r"did you mean RTX 4090\? .*known kinds"):
+        described_machine("2xrtx 409", {})
     with pytest.raises(UserError, match="write 1x4090"):
         described_machine("4090", {})
 

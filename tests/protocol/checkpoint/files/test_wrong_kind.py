@@ -44,7 +44,9 @@ def test_a_gguf_file_under_another_name_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("files", "said"), [
-    (["adapter_config.json", "adapter_model.safetensors"], "adapter"), (["b-Q4.gguf", "a-Q8.gguf"], "a-Q8.gguf"),
+    (["adapter_config.json", "adapter_model.safetensors"], "adapter"),
+    (["a-Q8.gguf"], "it holds a-Q8.gguf: name the file, /.*"),
+    (["b-Q4.gguf", "a-Q8.gguf"], "a-Q8.gguf and 1 more .gguf: name the file, such as .*a-Q8.gguf"),
     (["model_index.json"], "images"), (["params.json", "consolidated.00.pth"], "form of their makers"),
     (["refs/main", "snapshots/0123/config.json"], "snapshots/0123: name that folder"),
     (["8B/config.json", "README.md"], "8B: name that folder"), (["README.md"], "$"), ([], "$"),
