@@ -32,16 +32,26 @@ class BlockTables:
         self.changes = 0
         """Counts releases and registrations: a sequence that got no blocks waits for the next one."""
         self._block_size = block_size
-        self._entry_pages = 0 if pages is None else pages.most_in_sight + -(-ENTRY_TOKENS // block_size)
+        self._entry_pages = 0
+        """Most pages that a sequence must find before it begins."""
+        if pages is not None:
+            self._entry_pages = min(pages.most_in_sight + -(-ENTRY_TOKENS // block_size), pages.num_pages)
         self._prefix_cache = prefix_cache
         self._promised: set[bytes] = set()
         """Keys of prompt blocks that running sequences are about to compute."""
 
-    def take(self, seq: Sequence, reserve: int) -> bool:
+    def has_room(self, num_tokens: int, reserve: int) -> bool:
+        """Return whether a sequence of so many tokens finds room beside ``reserve`` blocks, and pages, that stay."""
+        needed = -(-num_tokens // self._block_size)
+        has_pages = self.pages is None or min(needed, self._entry_pages) + reserve <= self.pages.num_free
+        return has_pages and needed + reserve <= self.pool.num_free
+
+    def take(self, seq: Sequence, reserve: int, spare: float = 0.0) -> bool:
         """Take blocks for all known tokens of a sequence, reused ones where they exist.
 
-        False, with nothing taken, when fewer than ``reserve`` blocks would stay free, or when another sequence is
-        computing the block that this one would compute next: then it is cheaper to wait and reuse it.
+        False, with nothing taken, when fewer than ``reserve`` blocks and the part ``spare`` of all would stay free, or
+        when another sequence is computing the block that this one would compute next: then it is cheaper to wait and
+        reuse it.
         """
         size, num_tokens = self._block_size, len(seq.tokens)
         # The last token is always computed: its logits are what the sequence wants.
@@ -60,9 +70,10 @@ class BlockTables:
             if len(reused) < num_reusable and seq.block_keys[len(reused)] in self._promised:
                 return False
         needed = -(-num_tokens // size) - len(reused)
-        if needed + reserve > self.pool.num_free - self.pool.num_idle(reused):
+        kept = reserve + int(spare * self.pool.num_blocks)
+        if needed + kept > self.pool.num_free - self.pool.num_idle(reused):
             return False
-        if self.pages is not None and not self._see_reused(seq, reused, needed, reserve):
+        if self.pages is not None and not self._see_reused(seq, reused, needed, reserve, spare):
             return False
         self.pool.take(reused)
         new = self.pool.allocate(needed)
@@ -96,14 +107,15 @@ class BlockTables:
         """Return the slot to copy the state at the end of a sequence's blocks to; None if it is not to be."""
         return None if self.snapshots is None else self.snapshots.save_answer(seq, len(seq.blocks))
 
-    def _see_reused(self, seq: Sequence, reused: list[int], needed: int, reserve: int) -> bool:
+    def _see_reused(self, seq: Sequence, reused: list[int], needed: int, reserve: int, spare: float) -> bool:
         """Take what a sequence sees of its reused blocks into sight. False if too few pages are left to go on."""
         assert self.pages is not None
         end = len(reused)
         first = self.pages.first_block(end * self._block_size)
         in_sight = reused[first:]
-        wanted = min(needed, min(self._entry_pages, self.pages.num_pages) - len(in_sight))
-        if wanted + reserve > self.pages.num_free - self.pages.num_unseen(in_sight):
+        wanted = min(needed, self._entry_pages - len(in_sight))
+        kept = reserve + int(spare * self.pages.num_pages)
+        if wanted + kept > self.pages.num_free - self.pages.num_unseen(in_sight):
             return False
         self.pages.see(in_sight)
         seq.sight = range(first, end)

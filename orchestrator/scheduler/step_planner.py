@@ -145,7 +145,7 @@ class StepPlanner:
         self._make_room()
         sampled = self._plan_decode(batch, plan)
         prefilled = self._plan_prefill(batch, plan, sampled)
-        while not plan.rows and self._makes_room():
+        while not plan.rows and self._preempts_for_pages():
             prefilled = self._plan_prefill(batch, plan, sampled)
         if plan.rows:
             if self.blocks.pages is not None:
@@ -218,7 +218,7 @@ class StepPlanner:
         self.leave(seq)
         self._counters.preemptions += 1
 
-    def _makes_room(self) -> bool:
+    def _preempts_for_pages(self) -> bool:
         """Preempt a sequence if prompts alone run and none of them finds a page; return whether that was so.
 
         Beside sequences that decode, prompts wait for the pages of those.
@@ -283,8 +283,7 @@ class StepPlanner:
         while (seq := self._waiting.first()) is not None and seq.turn < 0 and self._shares.lacks(seq.account[0]):
             if self._solo_run.holds_back(seq, is_idle=False):
                 return
-            num_blocks = -(-len(seq.tokens) // self._limits.block_size) + len(self.admitted)
-            if self._rows.num_to_come and num_blocks <= self.blocks.pool.num_free:
+            if self._rows.num_to_come and self.blocks.has_room(len(seq.tokens), len(self.admitted)):
                 return
             self._preempt(self._shares.victim_for(seq, self.admitted.values()))
 
@@ -303,7 +302,7 @@ class StepPlanner:
         if self._solo_run.holds_back(seq, is_idle=not self.admitted and not self.in_flight):
             return None
         # One block per running sequence stays free, so that the newcomer is not preempted right away.
-        if not self.blocks.take(seq, reserve=len(self.admitted) + int(spare * self._limits.num_blocks)):
+        if not self.blocks.take(seq, len(self.admitted), spare):
             self._blocked = (self.blocks.changes, seq, spare)
             return None
         if seq.turn < 0:

@@ -2,9 +2,10 @@
 
 import pytest
 
-from harness.scheduler_driver import Harness, prompt_of
+from harness.scheduler_driver import Harness, prompt_of, submit_of
 from harness.servers.fake_model import solo_tokens
 from mgpu.orchestrator.scheduler import block_tables
+from mgpu.orchestrator.scheduler.sequence import Sequence
 from mgpu.orchestrator.scheduler.window_pages import WindowPages
 
 
@@ -99,6 +100,17 @@ def test_prompts_that_take_each_others_pages_end_one_after_the_other(monkeypatch
         harness.submit(sequence_id, prompt_of(sequence_id, 60), 1)
     harness.run()
     assert all(harness.tokens[each] == solo_tokens(prompt_of(each, 60), 1) for each in range(3))
+
+
+def test_room_is_left_and_made_in_both_pools() -> None:
+    pages = WindowPages(num_blocks=100, num_pages=10, block_size=4, sight=(8, False))
+    tables = block_tables.BlockTables(100, 4, prefix_cache=True, pages=pages)
+    first, second = (Sequence.from_submit(submit_of(each, [each] * 12, 2), each, 14) for each in range(2))
+    assert tables.has_room(12, reserve=7)
+    assert not tables.has_room(12, reserve=8)
+    assert not tables.take(first, 0, spare=0.8)
+    assert tables.take(first, 2, spare=0.5), "half of ten pages stay, not half of a hundred"
+    assert not tables.take(second, 2, spare=0.6)
 
 
 def test_new_workers_may_have_fewer_pages() -> None:
