@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mgpu.protocol.client.client import Client
 from mgpu.protocol.errors import RequestFailed
-from mgpu.protocol.front.replica_counters import by_replica
+from mgpu.protocol.front.counters import by_replica, kv_share
 from mgpu.protocol.front.server_messages import Health
 
 WIDTH = 80
@@ -102,8 +102,7 @@ def _requests(stats: Mapping[str, float]) -> str:
 
 
 def _kv_cache(health: Health, stats: Mapping[str, float]) -> str:
-    share = stats.get("kv_blocks_used", 0) / max(1, stats.get("kv_blocks_total", 0))
-    return f"{_bar(share)} of {health.kv_tokens:,} tokens"
+    return f"{_bar(kv_share(stats))} of {health.kv_tokens:,} tokens"
 
 
 def _prompts(stats: Mapping[str, float]) -> str:
@@ -121,9 +120,8 @@ def _gpu_lines(stats: Mapping[str, float]) -> Iterator[str]:
 def _replica_lines(stats: Mapping[str, float]) -> Iterator[str]:
     for name, own in by_replica(stats).items():
         state = "ready" if own.get("ready") else "takes no requests"
-        used, total = own.get("kv_blocks_used", 0.0), own.get("kv_blocks_total", 0.0)
         numbers = f"{_rate(own, 'tokens_per_s')} tokens/s, {own.get('requests', 0.0):,.0f} requests"
-        yield _line(name, f"{state}, {numbers}, {used / max(1.0, total):.0%} of its KV cache")
+        yield _line(name, f"{state}, {numbers}, {kv_share(own):.0%} of its KV cache")
         yield from (_line("", line) for line in _gpu_lines(own))
 
 

@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import asdict
 
 from mgpu.orchestrator.scheduler.scheduler import Scheduler
+from mgpu.orchestrator.scheduler.window_pages import WindowPages
 from mgpu.protocol.internal.histogram import LONG_S, Histogram
 
 _SMOOTHING = 0.02
@@ -114,6 +115,7 @@ class EngineStats:
             "last_step_age_s": last_step_age_s,
             "kv_blocks_total": blocks.num_blocks,
             "kv_blocks_used": blocks.num_blocks - blocks.num_free,
+            **_pages(scheduler.blocks.pages),
             **asdict(totals),
             "tokens_per_s": self._generated.per_second(now_s, totals.generated_tokens),
             "prompt_tokens_per_s": self._prompts.per_second(now_s, totals.prompt_tokens),
@@ -131,3 +133,10 @@ class EngineStats:
             count += steps
             values[f"step_ms_le_{bound}"] = count
         return {name: float(value) for name, value in values.items()}
+
+
+def _pages(pages: WindowPages | None) -> dict[str, float]:
+    """Return what is held of the pool of layers with windows, if they have one."""
+    if pages is None:
+        return {}
+    return {"window_pages_total": pages.num_pages, "window_pages_used": pages.num_pages - pages.num_free}

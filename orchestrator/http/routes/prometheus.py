@@ -13,7 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from mgpu.protocol.front.replica_counters import by_replica
+from mgpu.protocol.front.counters import by_replica, kv_share
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _GAUGES = {
@@ -130,11 +130,10 @@ class _Numbers:
         return family
 
     def _kv_usage(self) -> Metric:
-        text = "Used share of the KV cache, 0 to 1."
+        text = "Used share of the KV cache, 0 to 1: of the pool that is nearest to its end."
         usage = GaugeMetricFamily("vllm:kv_cache_usage_perc", text, labels=self.labels)
         for source in self.sources:
-            used, total = (source.stats.get(f"kv_blocks_{what}", 0.0) for what in ("used", "total"))
-            usage.add_metric(source.labels, used / total if total else 0.0)
+            usage.add_metric(source.labels, kv_share(source.stats))
         return usage
 
     def _histogram(self, name: str, text: str, counter: str, unit: float) -> Metric:

@@ -4,6 +4,7 @@ import pytest
 
 from harness.scheduler_driver import Harness, prompt_of, submit_of
 from harness.servers.fake_model import solo_tokens
+from mgpu.orchestrator.engine.stats import EngineStats
 from mgpu.orchestrator.scheduler import block_tables
 from mgpu.orchestrator.scheduler.sequence import Sequence
 from mgpu.orchestrator.scheduler.window_pages import WindowPages
@@ -111,6 +112,15 @@ def test_room_is_left_and_made_in_both_pools() -> None:
     assert not tables.take(first, 0, spare=0.8)
     assert tables.take(first, 2, spare=0.5), "half of ten pages stay, not half of a hundred"
     assert not tables.take(second, 2, spare=0.6)
+
+
+def test_counters_say_what_is_held_of_both_pools() -> None:
+    harness = harness_of()
+    harness.submit(0, prompt_of(0, 30), 20)
+    harness.run(lambda: harness.scheduler.counters.steps > 8)
+    counters = EngineStats().counters(harness.scheduler, 0.0)
+    assert (counters["window_pages_used"], counters["window_pages_total"]) == (3, 16)
+    assert counters["kv_blocks_used"] == 10, "of 38 tokens"
 
 
 def test_new_workers_may_have_fewer_pages() -> None:

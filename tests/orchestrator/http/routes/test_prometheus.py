@@ -29,6 +29,8 @@ def test_counters_have_the_names_that_dashboards_know() -> None:
     found = samples(render("tiny", "ready", STATS).decode())
     assert found["vllm:num_requests_running"] == 3
     assert found["vllm:kv_cache_usage_perc"] == 0.25
+    windows = {"window_pages_used": 9.0, "window_pages_total": 10.0}
+    assert samples(render("tiny", "ready", STATS | windows).decode())["vllm:kv_cache_usage_perc"] == 0.9
     assert found["vllm:generation_tokens_total"] == 70
     assert found["vllm:prefix_cache_hits_total"] == 16
     assert found["vllm:time_to_first_token_seconds_bucket{le=0.005}"] == 1

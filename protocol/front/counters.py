@@ -1,4 +1,7 @@
-"""The counters of one replica among those of a router: ``replica0_running`` is ``running`` of ``replica0``."""
+"""What the counters of a server say together.
+
+Of a router's, those of one replica have its name before them: ``replica0_running`` is ``running`` of ``replica0``.
+"""
 
 import re
 from collections.abc import Mapping
@@ -13,3 +16,9 @@ def by_replica(stats: Mapping[str, float]) -> dict[str, dict[str, float]]:
         if match := _OF_REPLICA.fullmatch(name):
             found.setdefault(match[1], {})[match[2]] = value
     return dict(sorted(found.items(), key=lambda each: (len(each[0]), each[0])))
+
+
+def kv_share(stats: Mapping[str, float]) -> float:
+    """Return the used share of the KV cache: of two pools, that of which less is left."""
+    pools = ("kv_blocks", "window_pages")
+    return max(stats.get(f"{pool}_used", 0.0) / max(1.0, stats.get(f"{pool}_total", 0.0)) for pool in pools)
