@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 
 from bench.kernels.gpu_spans import Span, busy_us
+from bench.model_shapes import SMALL_SHAPES
 from bench.options import numbers
 from bench.performance.rows import DECODE, PREFILL, TOKENS_PER_S
 from bench.performance.rows import row as make_row
@@ -43,7 +44,9 @@ from mgpu.worker.ranks.links import connect, layout_of
 from mgpu.worker.ranks.relay import Relay
 from mgpu.worker.ranks.relay_check import _pass_on, _return_tokens
 from mgpu.worker.start.startup import StartUp
+from mgpu.worker.steps.model_runner import ModelRunner
 
+CONFIGS = {**SHAPES, "small": SMALL_SHAPES["8B"]}
 BLOCK, MOST_ROWS = 64, 256
 PROMPTS, PROMPT = 16, 2048
 REPEAT, PROFILED_LAPS = 3, 6
@@ -67,7 +70,7 @@ class Settings:
 def make_spec(arguments: argparse.Namespace, fd: int) -> WorkerSpec:
     shape, layers, is_tp, transport = arguments.shape, arguments.map, arguments.tp, arguments.transport
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = read_checkpoint(write_config(Path(folder), SHAPES[shape]), "dummy")
+        checkpoint = read_checkpoint(write_config(Path(folder), CONFIGS[shape]), "dummy")
     num_layers = checkpoint.facts.num_layers
     if is_tp:
         stages = [Stage(0, num_layers, (0, 1))]
@@ -119,16 +122,20 @@ class Rank:
         self.links = connect(spec, rank, self.device)
         if rank == 0:
             print("   ", "; ".join(self.links.notes), flush=True)
-        start_up = StartUp(spec, self.place, self.device, self.links)
-        stage, _ = start_up.load(lambda done, total: None)
         self.row_blocks = -(-(settings.context + 2 * settings.laps * REPEAT + BLOCK) // BLOCK)
-        self.runner = start_up.allocate(stage, MOST_ROWS * self.row_blocks)
+        self.runner = self.load(spec, MOST_ROWS)
         self.stages = spec.layout.placement.num_stages
         self.reports = rank == spec.layout.placement.output_rank
         self.done, self.step = done, 0
         self.step_tokens = spec.limits.max_batch_tokens
         self.launched: list[int] = []
         self.events: deque[tuple[int, torch.cuda.Event | None]] = deque()
+
+    def load(self, spec: WorkerSpec, rows: int) -> ModelRunner:
+        """Return the runner of a spec that has the same ranks and stages as the first one."""
+        start_up = StartUp(spec, spec.layout.placement.place_of(self.place.rank), self.device, self.links)
+        stage, _ = start_up.load(lambda done, total: None)
+        return start_up.allocate(stage, rows * self.row_blocks)
 
     def run(self, plan: StepPlan, gap: int = 1) -> None:
         """Run a step when all steps more than a lap before it are done; the next one is ``gap`` steps later."""
@@ -306,7 +313,7 @@ def save(arguments: argparse.Namespace, rows: list[Row], notes: list[str]) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="8B")
+    parser.add_argument("--shape", choices=CONFIGS, default="8B")
     parser.add_argument("--map", type=numbers, default=[], help="layers of each stage (default: two halves)")
     parser.add_argument("--tp", action="store_true", help="one stage of two ranks")
     parser.add_argument("--transport", choices=("kernels", "nccl"), default="kernels")
