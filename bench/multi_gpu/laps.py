@@ -37,6 +37,7 @@ from mgpu.launch.bench.report import Row, describe, save_json
 from mgpu.launch.bench.shapes import SHAPES, write_config
 from mgpu.protocol.checkpoint.read import read_checkpoint
 from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan, WorkerSpec
+from mgpu.protocol.model.kv_pools import PoolSize
 from mgpu.protocol.model.layout import Layout, StepLimits
 from mgpu.protocol.model.placement import PlacementPlan, Stage
 from mgpu.worker.compile_ahead.compile_ahead import start_triton
@@ -131,11 +132,12 @@ class Rank:
         self.launched: list[int] = []
         self.events: deque[tuple[int, torch.cuda.Event | None]] = deque()
 
-    def load(self, spec: WorkerSpec, rows: int) -> ModelRunner:
+    def load(self, spec: WorkerSpec, rows: int, is_compiled: bool = False) -> ModelRunner:
         """Return the runner of a spec that has the same ranks and stages as the first one."""
         start_up = StartUp(spec, spec.layout.placement.place_of(self.place.rank), self.device, self.links)
-        stage, _ = start_up.load(lambda done, total: None)
-        return start_up.allocate(stage, rows * self.row_blocks)
+        load = start_up._load if is_compiled else start_up.load
+        stage, _ = load(lambda done, total: None)
+        return start_up.allocate(stage, PoolSize(rows * self.row_blocks))
 
     def run(self, plan: StepPlan, gap: int = 1) -> None:
         """Run a step when all steps more than a lap before it are done; the next one is ``gap`` steps later."""

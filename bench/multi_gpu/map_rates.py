@@ -5,7 +5,9 @@ import faulthandler
 import gc
 import multiprocessing
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from multiprocessing.sharedctypes import Synchronized
 from queue import Empty
@@ -18,7 +20,8 @@ CONTEXT, LAPS = 128, 20
 _REHEARSED = 8, 2
 """The same for CPU workers."""
 _END_S = 20.0
-Rates = dict[int, list[float]]
+Rates = tuple[int, list[float]]
+"""Layers of the first stage, and tokens per second in each repetition."""
 
 
 def make_settings(arguments: argparse.Namespace, layers: int, count: int, fd: int) -> Settings:
@@ -36,8 +39,8 @@ def make_settings(arguments: argparse.Namespace, layers: int, count: int, fd: in
     return Settings(make_spec(asked, fd), [arguments.batch], context, 0, laps, 0, False)
 
 
-def rates_of_maps(arguments: argparse.Namespace, layers: int, counts: list[int]) -> Rates:
-    """Return tokens per second by the layers of the first stage, one number for each repetition."""
+def rates_of_maps(arguments: argparse.Namespace, layers: int, counts: list[int]) -> Iterator[Rates]:
+    """Yield the rates of one map after the other."""
     fd = os.memfd_create("mgpu-bench")
     settings = [make_settings(arguments, layers, count, fd) for count in counts]
     os.ftruncate(fd, settings[0].spec.shared_bytes)
@@ -49,15 +52,20 @@ def rates_of_maps(arguments: argparse.Namespace, layers: int, counts: list[int])
     for each in ranks:
         each.start()
     try:
-        while True:
-            try:
-                return found.get(timeout=0.2)
-            except Empty:
-                if failed := [rank for rank, each in enumerate(ranks) if each.exitcode]:
-                    raise RuntimeError(f"ranks {failed} failed") from None
+        for _ in counts:
+            yield _next(found, ranks)
     finally:
         for each in ranks:
             each.kill()
+
+
+def _next(found: "Queue[Rates]", ranks: Sequence[BaseProcess]) -> Rates:
+    while True:
+        try:
+            return found.get(timeout=0.2)
+        except Empty:
+            if failed := [rank for rank, each in enumerate(ranks) if each.exitcode]:
+                raise RuntimeError(f"ranks {failed} failed") from None
 
 
 @torch.inference_mode()
@@ -74,7 +82,6 @@ def _run_rank(
     fd = os.open(parent_fd, os.O_RDWR)
     first, *_ = specs = [replace(each, spec=replace(each.spec, shared_fd=fd)) for each in settings]
     each = Rank(first, rank, done)
-    rates: Rates = {}
     for count, one in zip(counts, specs, strict=True):
         faulthandler.dump_traceback_later(HANG_S, exit=True)
         (batch,) = one.rows
@@ -84,14 +91,11 @@ def _run_rank(
             del each.runner
             gc.collect()
             torch.cuda.empty_cache()
-            each.runner = each.load(one.spec, batch)
+            each.runner = each.load(one.spec, batch, is_compiled=True)
             each.runner._pending.extend(unread)
         context, laps = one.context, one.laps
         each.fill(batch, context)
         times = [each.decode(batch, context + laps * turn, laps) for turn in range(repeat + 1)][1:]
-        rates[count] = [batch / us * 1e6 for us in times]
         if rank == 0:
-            print(f"    {count}: {', '.join(f'{rate:.0f}' for rate in rates[count])} tok/s", flush=True)
-    if rank == 0:
-        found.put(rates)
+            found.put((count, [batch / us * 1e6 for us in times]))
     faulthandler.dump_traceback_later(_END_S, exit=True)  # until the parent ends this process

@@ -90,11 +90,11 @@ def compare(box: Box, model: Path, arguments: argparse.Namespace) -> int:
     report = Report("unequal", "mgpu", _SHOWN, arguments.save, "triton", batch=arguments.batch, automatic=chosen)
     others = [int(count) for count in arguments.counts.split(",") if count] or [*range(1, layers)]
     counts = [chosen[0], *(count for count in others if count != chosen[0])]
-    found = rates_of_maps(arguments, layers, counts)
-    for count, some in found.items():
+    medians: dict[int, float] = {}
+    for count, some in rates_of_maps(arguments, layers, counts):
+        medians[count] = statistics.median(some)
         report.add({"layers": f"{count} and {layers - count}", "unit": "tok/s", "value": round(statistics.median(some)),
                     "value_low": round(min(some)), "value_high": round(max(some))})  # fmt: skip
-    medians = {count: statistics.median(numbers) for count, numbers in found.items()}
     best = max(medians, key=medians.__getitem__)
     share = medians[chosen[0]] / medians[best]
     print(f"automatic {share:.1%} of the best, which is {best} and {layers - best} layers", flush=True)
