@@ -257,30 +257,28 @@ def _nibbles(words: Tensor) -> Tensor:
 
 def octet_words(q_NK: Tensor) -> Tensor:
     """Return the words of 8-bit values."""
-    padded_NK = _padded(q_NK, 4, filler=0)
-    parts_NBPW = padded_NK.view(len(q_NK), -1, 4, WORDS)
-    return _joined([parts_NBPW[:, :, part] for part in range(4)], 8)
+    parts_NBPW = _padded(q_NK, 4, filler=0).view(len(q_NK), -1, 4, WORDS)
+    return _words(parts_NBPW.transpose(2, 3))
 
 
 def nibble_words(codes_NK: Tensor) -> Tensor:
-    """Return the words of values in [0, 15]."""
-    padded_NK = _padded(codes_NK, 8, filler=8)
-    parts_NBPT = padded_NK.view(len(codes_NK), -1, 8, 4)  # B: runs of 32 channels
-    return _joined([parts_NBPT[:, :, part] for part in range(8)], 4)
+    """Return the words of values in [0, 15], of any integer type."""
+    octets = _padded(codes_NK, 8, filler=8) & 15
+    halves_NBPHT = octets.view(len(codes_NK), -1, 4, 2, 4)  # B: runs of 32 channels; P: octets of a word
+    octets_NBPT = halves_NBPHT[:, :, :, 0] | (halves_NBPHT[:, :, :, 1] << 4)
+    return _words(octets_NBPT.transpose(2, 3))
 
 
 def _padded(q_NK: Tensor, parts: int, filler: int) -> Tensor:
-    """Return the numbers as int32, of ``32 / parts`` bits each, filled up to whole blocks."""
+    """Return the lowest octets of the numbers, uint8, of ``parts`` to a word, filled up to whole blocks."""
     n, k = q_NK.shape
     blocks = -(-k // (WORDS * parts))
-    padded = torch.full((n, blocks * WORDS * parts), filler, dtype=torch.int32, device=q_NK.device)
-    padded[:, :k] = q_NK.to(torch.int32) & ((1 << (32 // parts)) - 1)
+    padded = torch.empty((n, blocks * WORDS * parts), dtype=torch.uint8, device=q_NK.device)
+    padded[:, :k] = q_NK if q_NK.dtype != torch.int8 else q_NK.view(torch.uint8)
+    padded[:, k:] = filler
     return padded
 
 
-def _joined(parts: list[Tensor], bits: int) -> Tensor:
-    """Join parts [N, B, W] to words [N, B * W], the first in the lowest bits."""
-    words = torch.zeros_like(parts[0])
-    for index, part in enumerate(parts):
-        words |= part << (bits * index)
-    return words.view(len(words), -1)
+def _words(octets: Tensor) -> Tensor:
+    """Return the words, int32 [N, W], whose octets [N, ..., 4] are the last dimension, the lowest first."""
+    return octets.contiguous().view(torch.int32).view(len(octets), -1)
