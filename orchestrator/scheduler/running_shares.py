@@ -23,6 +23,7 @@ it were alone.
 
 An owner that came alone may have all rows and blocks. Its sequences that began last are preempted for an owner with few
 (step_planner.py), until that has half as many, and while there are others it leaves some room free for their next one.
+What it runs beside an owner with few takes turns, if steps are too long with all of it (resting.py).
 
 A token counts for more if it is costly to choose (`Sequence.token_cost`). An owner that runs alone has no bound. With
 one owner in all, as on a server that is used over HTTP alone, nothing is different from first come, first served.
@@ -37,6 +38,8 @@ RoomBeside = Callable[[int, float], int]
 SLOWER, SLOWER_BY_PROMPTS = 3 / 2, 4 / 3
 BESIDE_FEW = 4 / 3, 6 / 5
 """The same for owners with many sequences beside those with few."""
+TWICE = 2.0
+"""How much longer a step may take beside owners with few for what ran before they came; see resting.py."""
 KEPT_STEPS = 16
 """Steps for which an owner's unused room is kept."""
 FEW, SMALL_STEP, SMALL_PROMPTS = 32, 24, 32
@@ -123,6 +126,26 @@ class RunningShares:
         self.extra_cost += seq.token_cost - 1
         if len(self._running) > 1:
             self._count()
+
+    @property
+    def has_guests(self) -> bool:
+        """Return whether owners with few run beside owners with more."""
+        if len(self._running) < 2:
+            return False
+        return 0 < sum(map(self._has_few, self._running)) < len(self._running)
+
+    def most_at_once(self) -> int:
+        """Return how many tokens an owner with many may decode in a step beside all that those with few run."""
+        costs = [cost for owner, cost in self._running.items() if self._has_few(owner)]
+        return max(1, self.room_beside(sum(costs), TWICE) // (len(self._running) - len(costs)))
+
+    def takes_turns(self, seq: Sequence) -> bool:
+        """Return whether a sequence is of an owner with many."""
+        return not self._has_few(seq.account[0])
+
+    def note_rest(self, seq: Sequence) -> None:
+        """Note that a sequence is in no step from now on, or that it goes on."""
+        self.extra_cost += (1 - seq.token_cost) if seq.rests else (seq.token_cost - 1)
 
     def begin_decoding(self, seq: Sequence) -> None:
         """Note that the prompt of a sequence is computed."""

@@ -59,6 +59,8 @@ class Sequence:
     """Index of its decode batch; -1 outside of one."""
     slot: int = -1
     """Index in the batch's columns."""
+    rests: bool = False
+    """It has a row and is in no step for a while; see resting.py."""
     due_tick: int = -1
     """Tick at which the batch must look at it again; see decode_batch.py."""
     cached_tokens: int = 0
@@ -89,6 +91,7 @@ class Sequence:
     def forget_workers(self) -> None:
         """Reset what mirrors the workers, as if it had never run; its tokens stay."""
         self.row = self.batch = self.slot = self.due_tick = -1
+        self.rests = False
         self.blocks, self.sight = [], range(0)
         self.num_registered = self.num_computed = self.saved_blocks = 0
         self.save_points, self.answer_key = [], b""

@@ -19,6 +19,7 @@ from mgpu.orchestrator.scheduler.crash_suspects import SoloRun, is_suspect
 from mgpu.orchestrator.scheduler.decode_batch import DecodeBatch
 from mgpu.orchestrator.scheduler.limits import Limits
 from mgpu.orchestrator.scheduler.outputs import StepCounters
+from mgpu.orchestrator.scheduler.resting import Resting
 from mgpu.orchestrator.scheduler.rows import RowPool
 from mgpu.orchestrator.scheduler.running_shares import RunningShares
 from mgpu.orchestrator.scheduler.sequence import Sequence
@@ -69,6 +70,7 @@ class StepPlanner:
         self._prefilling: list[Sequence] = []
         """By turn."""
         self._batches = [DecodeBatch(index, limits.block_size) for index in range(limits.num_stages)]
+        self._resting = [Resting(batch, shares) for batch in self._batches]
         self._solo_run = SoloRun()
         self._begun: list[Sequence] = []
         """Those that have begun to run since `take_begun`."""
@@ -110,6 +112,8 @@ class StepPlanner:
             self._batches[seq.batch].remove(seq)
         elif seq in self._prefilling:
             self._prefilling.remove(seq)
+        else:
+            any(resting.end(seq) for resting in self._resting)
         self.blocks.release(seq)
         self._solo_run.end(seq)
         del self.admitted[seq.sequence_id]
@@ -143,6 +147,7 @@ class StepPlanner:
         self._even_out(index)
         self._shares.begin_step()
         self._make_room()
+        self._resting[index].begin_step()
         sampled = self._plan_decode(batch, plan)
         prefilled = self._plan_prefill(batch, plan, sampled)
         while not plan.rows and self._preempts_for_pages():
