@@ -9,8 +9,16 @@ from pathlib import Path
 import psutil
 import pytest
 
+from bench.hosts.network import why_not
 from harness.models.model_files import LLAMA_CONFIG, write_llama_folder
-from harness.ranks.joined_hosts import JoinedServer, joined_server, make_keys
+from harness.ranks.joined_hosts import (
+    JoinedServer,
+    as_host,
+    joined_server,
+    make_keys,
+    pod_environment,
+    srun_environment,
+)
 from harness.waiting import eventually
 from mgpu import Client
 from mgpu.launch.commands.keygen import make_client
@@ -77,10 +85,19 @@ def test_a_rank_that_has_joined_is_refused_a_second_time(joined: JoinedServer) -
 
 @pytest.fixture(scope="module")
 def ready(joined: JoinedServer) -> Iterator[Client]:
-    """A client of the server, whose two ranks have joined: the first in the test before."""
-    joined.start(1, 2, **SLOW)
+    """A client of the server, whose two ranks have joined: the first in the test before, the second as by srun."""
+    joined.start(1, 2, **SLOW, **srun_environment(1, 2))
     with Client(joined.server.wait_ready()) as client:
         yield client
+
+
+def start_pod(joined: JoinedServer) -> None:
+    """Start the second rank again, where possible as a pod of a StatefulSet, which has nothing but its host's name."""
+    if why_not():
+        joined.start(1, 2, **SLOW)
+    else:
+        joined.start(1, 2, before=as_host("workers-1"), **SLOW, **pod_environment(2))
+        eventually(lambda: "joined: rank 1 on host workers-1" in joined.server.output(), joined.server.output)
 
 
 def worker_of(joined: JoinedServer, at: int) -> psutil.Process:
@@ -105,7 +122,7 @@ def test_requests_finish_when_a_rank_is_lost_and_comes_back(joined: JoinedServer
     elif what == "host":
         host.process.kill()
         eventually(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
-        joined.start(1, 2, **SLOW)
+        start_pod(joined)
     else:
         os.kill(host.process.pid, signal.SIGSTOP)
         try:

@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from harness.waiting import eventually
@@ -31,6 +31,25 @@ def environment_of(rank: int, world_size: int, **changes: str) -> dict[str, str]
         "MASTER_ADDR": "127.0.0.1",
     } | changes  # fmt: skip
     return {name: value for name, value in {**os.environ, **names}.items() if value}
+
+
+def srun_environment(rank: int, world_size: int) -> dict[str, str]:
+    """Return what srun says to a rank, one on each host, as changes of `environment_of`."""
+    names = {"PROCID": rank, "LOCALID": 0, "NTASKS": world_size, "NODEID": rank}
+    of_srun = {f"SLURM_{name}": str(value) for name, value in names.items()}
+    of_srun["SLURM_STEP_TASKS_PER_NODE"] = f"1(x{world_size})"
+    return {"RANK": "", "LOCAL_RANK": "", "WORLD_SIZE": "", "GROUP_RANK": "", **of_srun}
+
+
+def pod_environment(world_size: int) -> dict[str, str]:
+    """Return what a manifest says to a pod of a StatefulSet, as changes of `environment_of`."""
+    names = {"WORLD_SIZE": str(world_size), "KUBERNETES_SERVICE_HOST": "10.96.0.1"}
+    return {"RANK": "", "LOCAL_RANK": "", "GROUP_RANK": "", **names}
+
+
+def as_host(name: str) -> list[str]:
+    """Return what goes before a command so that its host has this name. It needs root."""
+    return ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', name]
 
 
 class Host:
@@ -67,10 +86,13 @@ class JoinedServer:
         """Where hosts join, as the log says."""
         return str(eventually(lambda: re.search(r"at (tcp://\S+)", self.server.output()), self.server.output)[1])  # type: ignore[index]
 
-    def start(self, rank: int, world_size: int, *options: str, **changes: str) -> Host:
-        """Start the process of a rank. ``changes`` are of its environment; ``options`` go before the usual ones."""
+    def start(self, rank: int, world_size: int, *options: str, before: Sequence[str] = (), **changes: str) -> Host:
+        """Start the process of a rank. ``changes`` are of its environment; ``options`` go before the usual ones.
+
+        ``before`` goes before the command.
+        """
         usual = ["--keys", str(self.folder / "keys" / "host.worker"), "-m", str(self._model), "--device", "cpu"]
-        command = [sys.executable, "-m", self._module, "--join", self.endpoint, *usual, *options]
+        command = [*before, sys.executable, "-m", self._module, "--join", self.endpoint, *usual, *options]
         host = Host(self.folder / f"host-{len(self.hosts)}", command, environment_of(rank, world_size, **changes))
         self.hosts.append(host)
         return host
