@@ -69,7 +69,7 @@ class Server:
         server again as it is. UserError, with its own ``exit_code``, before clients can find the server, such as when
         there is no place for the sockets. Call it from the main thread, once.
         """
-        config = self._config
+        config, has_begun = self._config, False
         try:
             with (
                 Signals() as signals,
@@ -81,6 +81,7 @@ class Server:
                 ) as http,
                 WorkerProcesses(context, folder, config, self._new_group) as workers,
             ):
+                has_begun = True
                 engine = Engine(
                     config, self._scheduler, gateway, http, workers, signals, folder, self._notifier, self._reloader
                 )
@@ -93,4 +94,5 @@ class Server:
             self._notifier.stopping(f"failed: {error}")
             raise
         finally:
-            log.info("stopped")
+            if has_begun:
+                log.info("stopped")

@@ -10,8 +10,10 @@ import psutil
 import pytest
 
 from harness.servers.fake_model import solo_tokens
-from harness.servers.server_process import ServerProcess, ready_server, running_server
+from harness.servers.server_process import ServerProcess, config, ready_server, running_server
 from harness.waiting import eventually
+from mgpu.orchestrator.host.runtime_dir import RuntimeDirError
+from mgpu.orchestrator.server import Server
 from mgpu.protocol.discovery import running_servers
 from mgpu.protocol.internal.gateway_messages import LINK, Cancel, StateKnown, StatsQuery
 
@@ -67,6 +69,15 @@ def test_a_ready_server_can_be_found_and_a_stopped_one_cannot(folder: Path) -> N
         server.process.send_signal(signal.SIGTERM)
         server.wait_exit()
     assert running_servers(environ) == []
+
+
+def test_a_server_without_a_place_for_its_sockets_does_not_say_that_it_stopped(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MGPU_RUNTIME_DIR", "/dev/null/run")
+    with caplog.at_level("INFO"), pytest.raises(RuntimeDirError, match="no private folder"):
+        Server(config()).run()
+    assert "stopped" not in caplog.messages
 
 
 def test_nobody_finds_a_server_whose_gateway_does_not_know_that_it_is_ready(
