@@ -70,6 +70,8 @@ class _View:
     """
     mask: Tensor | None
     """[R, 1, 1, S], added to the scores, or for prefill bool [Q, S]. None: everything, or for prefill causal."""
+    run: slice | None = None
+    """The same slots if they follow one another: then nothing needs to be gathered."""
 
 
 @dataclass(slots=True)
@@ -205,17 +207,20 @@ class PlainStep:
         self, group: _DecodeGroup, q_RHK: Tensor, stores: tuple[Tensor, Tensor], spec: AttentionSpec
     ) -> Tensor:
         view = self._view_of(group, spec.sight, q_RHK.dtype)
-        assert view.slots is not None
         rows, num_q, dim = q_RHK.shape
         num_kv = stores[0].shape[1]
-        k_SJK, v_SJK = self._gather(stores, view.slots, q_RHK.dtype)
+        k_SJK, v_SJK = self._gather(stores, view, q_RHK.dtype)
         k_RJSK, v_RJSK = (x.view(rows, -1, num_kv, dim).transpose(1, 2) for x in (k_SJK, v_SJK))
         q_RJGK = q_RHK.reshape(rows, num_kv, num_q // num_kv, dim)
         sinks = None if spec.sinks is None else spec.sinks.view(num_kv, -1, 1)
         out_RJGK = attend(q_RJGK, k_RJSK, v_RJSK, view.mask, False, spec, sinks)
         return out_RJGK.reshape(rows, num_q, dim)
 
-    def _gather(self, stores: tuple[Tensor, Tensor], slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _gather(self, stores: tuple[Tensor, Tensor], view: _View, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        slots = view.slots
+        assert slots is not None
+        if view.run is not None and stores[0].dtype == dtype:
+            return stores[0][view.run], stores[1][view.run]
         if stores[0] is stores[1]:
             latents_SJK = self._backend.gather(stores[0], slots, dtype, "k")
             return latents_SJK, latents_SJK
@@ -240,7 +245,7 @@ class PlainStep:
         places_RS = starts_R1 + torch.arange(max(seen), device=self._device)
         slots_RS = self._slots(places_RS.minimum(ends_R1 - 1), tables_RB)
         if min(seen) == max(seen):
-            return _View(slots_RS.flatten(), None)
+            return _View(slots_RS.flatten(), None, _run(slots_RS))
         mask_RS = torch.zeros(places_RS.shape, dtype=dtype, device=self._device)
         mask_RS.masked_fill_(places_RS >= ends_R1, -torch.inf)
         return _View(slots_RS.flatten(), mask_RS[:, None, None, :])
@@ -258,7 +263,7 @@ class PlainStep:
         view = row.views[spec.sight]
         k_SJK, v_SJK = new
         if view.slots is not None:
-            k_SJK, v_SJK = self._gather(stores, view.slots, q_QHK.dtype)
+            k_SJK, v_SJK = self._gather(stores, view, q_QHK.dtype)
         num_kv = k_SJK.shape[1]
         groups = q_QHK.shape[1] // num_kv
         q_JGQK = q_QHK.view(len(q_QHK), num_kv, groups, -1).permute(1, 2, 0, 3)
@@ -280,9 +285,19 @@ class PlainStep:
         if first_query == 0:
             return _View(None, mask_QS)
         table_1B = self._batch.block_tables[row.row : row.row + 1]
-        return _View(self._slots(keys_1S, table_1B).flatten(), mask_QS)
+        slots_1S = self._slots(keys_1S, table_1B)
+        return _View(slots_1S.flatten(), mask_QS, _run(slots_1S))
 
     def _slots(self, places_RS: Tensor, tables_RB: Tensor) -> Tensor:
         """Return the slots of the cache for positions in each row's context."""
         blocks_RS = tables_RB.long().gather(1, places_RS // self._block_size)
         return blocks_RS * self._block_size + places_RS % self._block_size
+
+
+def _run(slots_RS: Tensor) -> slice | None:
+    """Return the slots of a single row on the CPU if they follow one another. A GPU would have to be waited for."""
+    if len(slots_RS) != 1 or slots_RS.device.type != "cpu":
+        return None
+    first, count = int(slots_RS[0, 0]), slots_RS.shape[1]
+    follows = torch.equal(slots_RS[0], torch.arange(first, first + count))
+    return slice(first, first + count) if follows else None

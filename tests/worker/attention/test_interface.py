@@ -10,6 +10,7 @@ from harness.ranks.stage_driver import Row, make_batch
 from mgpu.protocol.model.attention_facts import Sight
 from mgpu.worker.attention.choose import select_backend
 from mgpu.worker.attention.interface import AttentionShape, AttentionSpec
+from mgpu.worker.attention.plain_backend import PlainBackend
 from mgpu.worker.state.kv_cache import KvCache
 
 BLOCK = 4
@@ -95,6 +96,27 @@ def test_mixed_steps_equal_full_attention(heads: tuple[int, int], sight: Sight, 
     run_steps(
         histories, rows, steps, nan_cache(num_blocks, heads[1], dtype), AttentionSpec(0.3, sight[0], in_chunks=sight[1])
     )
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("is_scattered", [False, True])
+def test_a_single_context_is_gathered_only_if_its_blocks_are_scattered(
+    monkeypatch: pytest.MonkeyPatch, window: int | None, is_scattered: bool
+) -> None:
+    gathered: list[str] = []
+    gather = PlainBackend.gather
+
+    def counted(*arguments: object) -> Tensor:
+        gathered.append("once")
+        return gather(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(PlainBackend, "gather", counted)
+    blocks = [2, 3, 4, 5, 6, 7]
+    rows = [Row(blocks[::-1] if is_scattered else blocks)]
+    steps = [{0: 17}, {0: 4}, {0: 1}, {0: 1}]
+    history, cache = make_history(23, 6, 2, torch.bfloat16), nan_cache(9, 2, torch.bfloat16)
+    run_steps([history], rows, steps, cache, AttentionSpec(0.3, window))
+    assert bool(gathered) == is_scattered
 
 
 @pytest.mark.parametrize("sight", [(None, False), (300, False), (300, True)], ids=str)

@@ -13,7 +13,7 @@ from mgpu.protocol.checkpoint.huggingface.config import read_config_facts
 from mgpu.protocol.model.placement import even_range, head_shard, padded_vocab
 from mgpu.worker.layers.attention.self_attention import Attention
 from mgpu.worker.layers.linear import Linear, Storage, qkv_slices
-from mgpu.worker.layers.norm import RMSNorm, _FewOperations, _Torch
+from mgpu.worker.layers.norm import RMSNorm, _FewOperations, _Mirrored
 from mgpu.worker.layers.products import choose as product
 from mgpu.worker.layers.products import cpu_matmul
 from mgpu.worker.layers.vocab import VocabParallel
@@ -172,10 +172,24 @@ def test_a_weight_on_the_cpu_is_packed_and_others_are_not() -> None:
     torch.testing.assert_close(linear(x), F.linear(x, weight), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("dtype", "arithmetic"), [(torch.float32, _FewOperations), (torch.bfloat16, _Torch)])
-def test_a_norm_takes_few_operations_in_float32_on_the_cpu(dtype: torch.dtype, arithmetic: type) -> None:
+@pytest.mark.parametrize(("dtype", "arithmetic"), [(torch.float32, _FewOperations), (torch.bfloat16, _Mirrored)])
+def test_a_norm_takes_few_operations_on_the_cpu(dtype: torch.dtype, arithmetic: type) -> None:
     norm = RMSNorm(8, 1e-6, dtype, CPU)
     assert type(norm._arithmetic) is arithmetic
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 576), (3, 576), (5, 4, 64)])
+def test_a_norm_of_two_bytes_is_that_of_float32_but_for_rounding(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    norm = RMSNorm(shape[-1], 1e-2, dtype, CPU)
+    norm.weight.normal_(1.0, 0.3)
+    sizes = torch.logspace(-3, 1, shape[0]).view(-1, *[1] * (len(shape) - 1))
+    x = (torch.randn(shape) * sizes).to(dtype)
+    expected = F.rms_norm(x.float(), shape[-1:], norm.weight.float(), 1e-2)
+    found = norm(x)
+    assert found.dtype == dtype
+    assert found.is_contiguous()
+    torch.testing.assert_close(found.float(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 @pytest.mark.parametrize("has_kernels", [True, False])
