@@ -135,6 +135,7 @@ KERNEL_MODULES = tuple(
         "experts.route_and_sort",
         "experts.combine",
         "experts.sort",
+        "layers.float8_codes",
         "layers.float8_quantize",
         "products.gemv",
         "products.dequantize_groups",
@@ -157,6 +158,7 @@ KERNEL_MODULES = tuple(
         "step_inputs",
         "peers.two_shot",
         "products.warpgroup.gemm",
+        "products.warpgroup.float8_gemm",
     )
 )
 

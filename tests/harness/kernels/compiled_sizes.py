@@ -27,10 +27,12 @@ from mgpu.worker.kernels.attention.latent_heads import absorb, values
 from mgpu.worker.kernels.attention.latent_prefill import ContextPiece, PromptRows, latent_prefill
 from mgpu.worker.kernels.attention.prefill import prefill_attention
 from mgpu.worker.kernels.experts.choose import ExpertStacks, RouterWeights, sparse_mlp
+from mgpu.worker.kernels.layers.float8_codes import quantize_spans
 from mgpu.worker.kernels.products.choose import quantized_matmul
 from mgpu.worker.kernels.products.dequantize import dequantize_packed
 from mgpu.worker.kernels.products.quantized_gemm import quantized_gemm
 from mgpu.worker.kernels.products.quantized_gemv import quantized_gemv
+from mgpu.worker.kernels.products.warpgroup.trial import span_of
 from mgpu.worker.kernels.runtime import Workspace
 from mgpu.worker.quantization.packing import PackedWeight, WeightKind
 from mgpu.worker.quantization.random_packed import random_packed
@@ -94,6 +96,14 @@ def multiply_words(form: WeightFormat, rows: int, outputs: int) -> None:
     warpgroup_gemm(torch.zeros(rows, 1024, dtype=BF16), weight, workspace=Workspace.create(CPU))
 
 
+def multiply_float8_words(form: WeightFormat, rows: int) -> None:
+    from mgpu.worker.kernels.products.warpgroup.float8_gemm import float8_words_gemm
+
+    weight = random_packed(form, (128,), 1024, torch.Generator().manual_seed(0))
+    x = quantize_spans(torch.zeros(rows, 1024, dtype=BF16), 1024, span_of(weight))
+    float8_words_gemm(x, weight, workspace=Workspace.create(CPU))
+
+
 def dequantize(form: WeightFormat) -> None:
     dequantize_packed(random_packed(form, (64, 64), 256, torch.Generator().manual_seed(0)), BF16)
 
@@ -140,6 +150,7 @@ FLOAT8: tuple[Case, ...] = (
 WARPGROUPS: tuple[Case, ...] = (
     (multiply_words, (WeightFormat("4", 32), 1, 128)),
     (multiply_words, (WeightFormat("4", 128, 1, 2, 1, False, "groups"), 64, 128)),
+    (multiply_float8_words, (WeightFormat("4", 32, 1, 2, 1, False, "groups"), 300)),
 )
 
 

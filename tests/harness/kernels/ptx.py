@@ -28,6 +28,8 @@ def _result(name: str, given: list[int]) -> int:
         return given[0]
     if name == "and.b32":
         return given[0] & given[1]
+    if name == "shr.u32":
+        return given[0] >> given[1]
     if name == "prmt.b32":
         octets = (given[0] | given[1] << 32).to_bytes(8, "little")
         return int.from_bytes(bytes(octets[given[2] >> 4 * place & 7] for place in range(4)), "little")

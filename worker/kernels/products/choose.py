@@ -16,7 +16,8 @@ from mgpu.worker.kernels.products.group_gemv import group_gemv
 from mgpu.worker.kernels.products.group_parts import RUN_KINDS, takes
 from mgpu.worker.kernels.products.quantized_gemm import quantized_gemm
 from mgpu.worker.kernels.products.quantized_gemv import quantized_gemv
-from mgpu.worker.kernels.products.warpgroup.trial import takes_words, words_product
+from mgpu.worker.kernels.products.warpgroup import float8_trial
+from mgpu.worker.kernels.products.warpgroup.trial import WordsProduct, span_of, takes_words, words_product
 from mgpu.worker.quantization.float8_rows import BLOCK
 from mgpu.worker.quantization.packing import PackedWeight
 
@@ -32,6 +33,7 @@ def try_products(device: torch.device, form: WeightFormat) -> None:
         multiplies_blocks(device)
     if form.quant == "4":
         words_product(device)
+        float8_trial.float8_words_product(device)
 
 
 def matmul(x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -44,7 +46,7 @@ def matmul(x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
 def quantized_matmul(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None = None) -> Tensor:
     """Multiply by the dequantized weight's transpose; many rows dequantize it once, into temporary memory."""
     rows = x_TI.shape[0]
-    if 1 < rows <= WORDS_ROWS and takes_words(weight, x_TI.dtype) and (product := words_product(x_TI.device)):
+    if rows > 1 and takes_words(weight, x_TI.dtype) and (product := _words_product(rows, weight)):
         return product(x_TI, weight, bias_O)
     if not weight.is_simple:
         return _group_matmul(x_TI, weight, bias_O)
@@ -53,6 +55,16 @@ def quantized_matmul(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None =
     if rows <= GEMM_ROWS[weight.kind]:
         return quantized_gemm(x_TI, weight, bias_N=bias_O)
     return F.linear(x_TI, dequantize_packed(weight, x_TI.dtype), bias_O)
+
+
+def _words_product(rows: int, weight: PackedWeight) -> WordsProduct | None:
+    """Return the product of so many rows with 4-bit words, if it is one by warpgroups."""
+    device = weight.words.device
+    if float8_trial.LEAST_ROWS[span_of(weight)] <= rows <= float8_trial.MOST_ROWS:
+        product = float8_trial.float8_words_product(device)
+        if product is not None:
+            return product
+    return words_product(device) if rows <= WORDS_ROWS else None
 
 
 def _group_matmul(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None) -> Tensor:

@@ -32,6 +32,11 @@ def takes_words(weight: PackedWeight, dtype: torch.dtype) -> bool:
     return weight.scales.dtype.is_floating_point and weight.group % 32 == 0 and not is_shifted
 
 
+def span_of(weight: PackedWeight) -> int:
+    """Return the channels that a float8 product has at once with one scale: those of a group, or a part of them."""
+    return next(span for span in (128, 64, 32) if weight.group % span == 0)
+
+
 def words_product(device: torch.device) -> WordsProduct | None:
     """Return the product of 4-bit words by warpgroups; None where it does not work.
 
@@ -65,16 +70,20 @@ def _tried(device: torch.device) -> WordsProduct | None:
 @torch.inference_mode()
 def trial_error(device: torch.device, product: WordsProduct) -> float:
     """Return the distance of small products to plain torch, relative to their norm; infinity if one is not finite."""
+    x_TK = torch.randn(9, 768, generator=torch.Generator(device).manual_seed(1), device=device).bfloat16()
+    worst = 0.0
+    for weight in sample_weights(device):
+        expected_TN = x_TK.float() @ dequantize(weight, torch.float32).T
+        error = float((product(x_TK, weight, None).float() - expected_TN).norm() / expected_TN.norm())
+        worst = max(worst, error if error == error else torch.inf)
+    return worst
+
+
+def sample_weights(device: torch.device) -> tuple[PackedWeight, PackedWeight]:
+    """Return small weights of both forms."""
     generator = torch.Generator(device).manual_seed(0)
     q_NK = torch.randint(-8, 8, (192, 768), generator=generator, device=device)
     scales_NG, offsets_NG = (torch.rand(192, 24, generator=generator, device=device) for _ in range(2))
     pairs = pack_int4(q_NK, scales_NG, offsets_NG, 32)
     zeros_NG = torch.randint(-8, 9, (192, 24), generator=generator, device=device, dtype=torch.int8)
-    groups = replace(pairs, scales=scales_NG.half(), zeros=zeros_NG)
-    x_TK = torch.randn(9, 768, generator=generator, device=device).bfloat16()
-    worst = 0.0
-    for weight in (pairs, groups):
-        expected_TN = x_TK.float() @ dequantize(weight, torch.float32).T
-        error = float((product(x_TK, weight, None).float() - expected_TN).norm() / expected_TN.norm())
-        worst = max(worst, error if error == error else torch.inf)
-    return worst
+    return pairs, replace(pairs, scales=scales_NG.half(), zeros=zeros_NG)
