@@ -7,6 +7,7 @@ gateway asks for what has been said so far.
 import logging
 import time
 
+from mgpu.orchestrator.engine.free_memory import FreeMemory
 from mgpu.orchestrator.engine.gpu_memory import GpuMemory
 from mgpu.orchestrator.engine.life_cycle import LifeCycle, ServerState
 from mgpu.orchestrator.engine.resume_journal import Journal
@@ -55,7 +56,7 @@ class GatewayBridge:
         self._steps = steps
         self._gateway = gateway
         self._workers = workers
-        self._journal = Journal()
+        self._journal, self._memory = Journal(), FreeMemory()
         self._resume_timeout_s = resume_timeout_s
         self._gpu_memory = gpu_memory
         self._claim_deadline_s: float | None = None
@@ -80,6 +81,7 @@ class GatewayBridge:
             for sequence_id in self._journal.unclaimed():
                 self._scheduler.cancel(sequence_id, "cancelled")
         self._journal.prune()
+        self._memory.look(self._scheduler.num_live)
 
     def on_gateway_replaced(self, last_messages: list[object]) -> None:
         """Take in what the old gateway had still sent, then end what nobody can resume."""
