@@ -2,11 +2,11 @@
 
 An owner that came first may run so many sequences that each step is long. What another owner with few asks for then
 takes as many long steps as it has tokens, and it has a small part of the time instead of its share. So sequences of
-owners with many take turns: in each step as many decode as make it twice as long as what those with few run
+owners with many take turns: in each step as many decode as have room beside what those with few run
 (`RunningShares.most_at_once`), and the others rest. Each turn has `TURN_STEPS` steps; who has rested longest is next.
 
-Example: A decodes 256 sequences, and a step takes 400 ms. B sends 4 requests. A step of 4 takes 20 ms, and one of 14
-takes 40 ms, so 10 of A's sequences decode beside B's for 8 steps, then the next 10. When B's have ended, all decode.
+Example: A decodes 256 sequences, and a step takes 400 ms. B sends 4 requests. A step of 4 takes 20 ms, and one of 12
+takes 35 ms, so 8 of A's sequences decode beside B's for 8 steps, then the next 8. When B's have ended, all decode.
 
 A row that is in no step stays as it is on the workers: they know its last token, as with stages whose turn it is not.
 """

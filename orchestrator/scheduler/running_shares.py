@@ -36,10 +36,10 @@ from mgpu.orchestrator.scheduler.sequence import Sequence
 RoomBeside = Callable[[int, float], int]
 """From tokens, and how much longer a step with more may take, to how many more."""
 SLOWER, SLOWER_BY_PROMPTS = 3 / 2, 4 / 3
-BESIDE_FEW = 4 / 3, 6 / 5
+BESIDE_FEW = 5 / 4, 6 / 5
 """The same for owners with many sequences beside those with few."""
-TWICE = 2.0
-"""How much longer a step may take beside owners with few for what ran before they came; see resting.py."""
+LEAST_AT_ONCE = 8
+"""Tokens that an owner with many may decode in each step beside them, of what runs already; see resting.py."""
 KEPT_STEPS = 16
 """Steps for which an owner's unused room is kept."""
 FEW, SMALL_STEP, SMALL_PROMPTS = 32, 24, 32
@@ -137,7 +137,8 @@ class RunningShares:
     def most_at_once(self) -> int:
         """Return how many tokens an owner with many may decode in a step beside all that those with few run."""
         costs = [cost for owner, cost in self._running.items() if self._has_few(owner)]
-        return max(1, self.room_beside(sum(costs), TWICE) // (len(self._running) - len(costs)))
+        room = self.room_beside(sum(costs), BESIDE_FEW[0]) // (len(self._running) - len(costs))
+        return max(room, LEAST_AT_ONCE)
 
     def takes_turns(self, seq: Sequence) -> bool:
         """Return whether a sequence is of an owner with many."""

@@ -9,7 +9,7 @@ from harness.servers.fake_model import solo_tokens
 from mgpu.orchestrator.scheduler.resting import TURN_STEPS
 from mgpu.orchestrator.scheduler.running_shares import FEW
 
-MANY, ROOM = FEW + 8, 5
+MANY, ROOM = FEW + 8, 10
 
 
 def harness_of(stages: int = 1, num_blocks: int = 2000) -> Harness:
