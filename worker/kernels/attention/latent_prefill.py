@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mgpu.worker.kernels.attention.inputs import LOG2_E, LatentProjections
-from mgpu.worker.kernels.attention.prefill import ROWS_AT_ONCE, find_row
+from mgpu.worker.kernels.attention.prefill import ROWS_AT_ONCE, place_tile
 from mgpu.worker.kernels.runtime import (
     HOPPER_SHARED_BYTES,
     ceil_div,
@@ -141,10 +141,7 @@ def _latent_prefill_kernel(
     head = tl.program_id(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     wait_for_inputs(OVERLAP)
-    row = find_row(tile, starts_ptr, num_rows, BLOCK_M, AT_ONCE)
-    start = tl.load(starts_ptr + row)
-    count = tl.load(starts_ptr + row + 1) - start
-    first = (tile - ((start - tl.load(starts_ptr)) // BLOCK_M + row)) * BLOCK_M
+    row, start, count, first = place_tile(tile, starts_ptr, num_rows, BLOCK_M, AT_ONCE)
     if first >= count:
         return
 

@@ -64,6 +64,16 @@ def find_row(tile, starts_ptr, num_rows, BLOCK_M: tl.constexpr, AT_ONCE: tl.cons
 
 
 @triton.jit
+def place_tile(tile, starts_ptr, num_rows, BLOCK_M: tl.constexpr, AT_ONCE: tl.constexpr):
+    """Return the row that owns a tile, where its queries start, how many it has, and which is the tile's first."""
+    row = find_row(tile, starts_ptr, num_rows, BLOCK_M, AT_ONCE)
+    start = tl.load(starts_ptr + row)
+    count = tl.load(starts_ptr + row + 1) - start
+    first = (tile - ((start - tl.load(starts_ptr)) // BLOCK_M + row)) * BLOCK_M
+    return row, start, count, first
+
+
+@triton.jit
 def _load_tile(
     k_ref, v_ref, table_ptr, kv_head, start, context, block_stride, token_stride, head_stride,
     MASKED: tl.constexpr, BULK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -157,10 +167,7 @@ def _prefill_kernel(
     head = tl.program_id(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     wait_for_inputs(OVERLAP)
-    row = find_row(tile, starts_ptr, num_rows, BLOCK_M, AT_ONCE)
-    start = tl.load(starts_ptr + row)
-    count = tl.load(starts_ptr + row + 1) - start
-    first = (tile - ((start - tl.load(starts_ptr)) // BLOCK_M + row)) * BLOCK_M
+    row, start, count, first = place_tile(tile, starts_ptr, num_rows, BLOCK_M, AT_ONCE)
     if first >= count:
         return
 
