@@ -119,7 +119,7 @@ def test_a_peer_that_has_left_is_ended_before_its_messages_are_read(front: Front
     assert not front.connections.end_if_left(name)
     for _ in range(900):  # more than libzmq reads ahead, so that the end of the connection lies behind them
         peer.send_multipart([framing.VERSION, b"x" * 10])
-    peer.close(linger=30_000)
+    peer.close(linger=3_000)
     eventually(lambda: front.turn_without_reading() and front.connections.end_if_left(name))
     assert not front.connections.owner_of(name)
     assert not front.connections.end_if_left(name)
