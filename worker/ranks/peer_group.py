@@ -22,6 +22,7 @@ from mgpu.worker.ranks.collectives import DistGroup, MeasurableGroup, TensorPara
 
 if TYPE_CHECKING:
     from mgpu.worker.kernels.peers.all_reduce import OneShot
+    from mgpu.worker.kernels.peers.host_shot import HostShot
     from mgpu.worker.kernels.peers.two_shot import TwoShot
 
 ONE_SHOT_BYTES = {2: 8 << 20, 3: 512 << 10, 4: 384 << 10, 5: 256 << 10, 6: 192 << 10, 7: 192 << 10, 8: 160 << 10}
@@ -94,6 +95,7 @@ class PeerGroup:
         may be quantized, as a trial has shown."""
         from mgpu.worker.kernels.peers.all_reduce import OneShot
         from mgpu.worker.kernels.peers.exchange import Exchange
+        from mgpu.worker.kernels.peers.host_shot import HostShot
         from mgpu.worker.kernels.peers.sent_product import SentProduct
         from mgpu.worker.kernels.peers.two_shot import TwoShot
 
@@ -106,8 +108,8 @@ class PeerGroup:
         pairs, one, *two = areas
         self.exchange = Exchange(pairs, alarm, self.rank, limits.choices)
         sizes = limits.one_shot_rows, limits.dim
-        self.one_shot = OneShot(one, alarm, self.rank, *sizes, sends_self=not limits.is_on_host)
-        self._sent = SentProduct(self.one_shot)
+        self.one_shot = (HostShot if limits.is_on_host else OneShot)(one, alarm, self.rank, *sizes)
+        self._sent = SentProduct(self.one_shot) if isinstance(self.one_shot, OneShot) else None
         self._has_sent = False
         """True between a product that was sent and its sum."""
         self.two_shot = TwoShot(two[0], two[1], alarm, self.rank, limits.two_shot_rows, limits.dim) if two else None
@@ -156,15 +158,19 @@ class PeerGroup:
         """Return True if `send_product` takes this product."""
         from mgpu.worker.kernels.peers.sent_product import takes_product
 
-        return x_TK.dtype is self.limits.dtype and not self._has_sent and takes_product(x_TK, w_NK, self.one_shot)
+        if self._sent is None or self._has_sent or x_TK.dtype is not self.limits.dtype:
+            return False
+        return takes_product(x_TK, w_NK, self._sent.sums)
 
     def send_product(self, x_1K: Tensor, w_NK: Tensor) -> None:
         """Multiply this rank's part of one row by w^T and send it to all ranks. `add_sent` must follow."""
+        assert self._sent is not None
         self._sent.send(x_1K, w_NK)
         self._has_sent = True
 
     def add_sent(self, bias_D: Tensor | None, device: torch.device) -> Tensor:
         """Return the sum of the products that the ranks have sent."""
+        assert self._sent is not None
         self._has_sent = False
         out_1D = torch.empty((1, self.limits.dim), dtype=self.limits.dtype, device=device)
         return self._sent.add_up(out_1D, None, bias_D)
@@ -173,11 +179,12 @@ class PeerGroup:
         """Add the sum of what the ranks have sent to ``residual`` in place; return the normalized sum."""
         from mgpu.worker.kernels.peers.all_reduce import Residual
 
+        assert self._sent is not None
         self._has_sent = False
         residual = Residual(residual_1D, weight_D, eps)
         return self._sent.add_up(torch.empty_like(residual_1D), residual, bias_D)
 
-    def _kernel(self, x_TD: Tensor) -> "OneShot | TwoShot":
+    def _kernel(self, x_TD: Tensor) -> "OneShot | HostShot | TwoShot":
         assert not self._has_sent, "a product that was sent is added up before any other sum"
         return self.one_shot if self.two_shot is None or x_TD.shape[0] <= self.one_shot.rows else self.two_shot
 

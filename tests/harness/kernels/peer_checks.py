@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mgpu.worker.kernels.peers.all_reduce import OneShot, Residual
 from mgpu.worker.kernels.peers.exchange import Exchange
+from mgpu.worker.kernels.peers.host_shot import HostShot
 from mgpu.worker.kernels.peers.memory import AreaShape, PeerAlarm, buffer_bytes, cut
 from mgpu.worker.kernels.peers.sent_product import SentProduct
 from mgpu.worker.kernels.peers.two_shot import TwoShot
@@ -82,7 +83,7 @@ class Rank:
         one, parts, sums, host, pairs = cut(self.mine, self.addresses, shapes(self.ranks, self.dtype), self.device)
         self.one_shot = OneShot(one, self.alarm, self.rank, ROWS, DIM)
         self.two_shot = TwoShot(parts, sums, self.alarm, self.rank, ROWS, DIM)
-        self.host_sum = OneShot(host, self.alarm, self.rank, ROWS, DIM, sends_self=False)
+        self.host_sum = HostShot(host, self.alarm, self.rank, ROWS, DIM)
         self.sent = SentProduct(self.one_shot)
         self.exchange = Exchange(pairs, self.alarm, self.rank, MOST_CHOICES)
         self.turns = [draw_turn(turn, self.ranks, self.dtype, self.device or self.mine.device) for turn in range(TURNS)]

@@ -14,9 +14,11 @@ import torch
 
 from harness.kernels.peer_checks import Rank, compare, region_bytes
 from harness.kernels.triton_interpreter import mend_interpreter
+from mgpu.worker.kernels.peers import host_shot
 from mgpu.worker.kernels.peers.memory import PeerAlarm
 
 mend_interpreter()
+host_shot.MOST_PROGRAMS = 1  # so that a program has more rows than one
 
 DTYPE = torch.bfloat16
 LOOKS = 500_000

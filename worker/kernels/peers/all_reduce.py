@@ -63,7 +63,7 @@ def _one_shot_kernel(
     x_ptr, residual_ptr, bias_ptr, weight_ptr, out_ptr, scale_ptr, inbox_ptr, peers, turns_ptr, failed_ptr, seen_ptr,
     x_stride, residual_stride, out_stride, rank, timeout_us, eps,
     D: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
-    BITS: tl.constexpr, EMPTY: tl.constexpr, TIMED: tl.constexpr, SELF: tl.constexpr, OVERLAP: tl.constexpr,
+    BITS: tl.constexpr, EMPTY: tl.constexpr, TIMED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     d = tl.arange(0, BLOCK)
@@ -76,20 +76,11 @@ def _one_shot_kernel(
     turn = tl.load(turns_ptr + row)
     own = clean_bits(x, BITS, EMPTY)
     for peer in tl.static_range(RANKS):
-        if SELF:
-            send(peers[peer], ((turn * RANKS + rank) * ROWS + row) * D + d, own, mask, BITS)
-        else:
-            if peer != rank:
-                send(peers[peer], ((turn * RANKS + rank) * ROWS + row) * D + d, own, mask, BITS)
+        send(peers[peer], ((turn * RANKS + rank) * ROWS + row) * D + d, own, mask, BITS)
     stream = load_stream(residual_ptr, row, residual_stride, d, mask)
     source = tl.arange(0, PADDED)[:, None]
     places = inbox_ptr + ((turn * RANKS + source) * ROWS + row) * D + d[None, :]
-    arrives = (source < RANKS) & mask[None, :]
-    if not SELF:
-        arrives = arrives & (source != rank)
-    bits = receive(places, arrives, failed_ptr, seen_ptr, timeout_us, EMPTY, TIMED)
-    if not SELF:
-        bits = tl.where((source == rank) & mask[None, :], own[None, :], bits)
+    bits = receive(places, (source < RANKS) & mask[None, :], failed_ptr, seen_ptr, timeout_us, EMPTY, TIMED)
     total = tl.sum(bits.to(x.dtype, bitcast=True).to(tl.float32), 0)
     finish(
         total, stream, row, d, mask, x.dtype, residual_ptr, residual_stride, bias_ptr, weight,
@@ -123,9 +114,6 @@ class OneShot:
     rank: int
     rows: int
     dim: int
-    sends_self: bool = True
-    """Whether a rank's own part goes through its area, too: kept in registers it takes as many again. Through memory of
-    the host it would be as much traffic again as that of two ranks."""
 
     @staticmethod
     def shapes(ranks: int, rows: int, dim: int, dtype: torch.dtype) -> list[AreaShape]:
@@ -152,7 +140,7 @@ class OneShot:
             self.area.inbox, self.area.peers, self.area.turns, self.alarm.failed, self.alarm.seen,
             x_TD.stride(0), stream_stride, out_TD.stride(0), self.rank, self.alarm.timeout_us, eps,
             self.dim, self.rows, ranks, power_of_2(ranks), block,
-            BITS[self.area.inbox.dtype], empty_bits(x_TD.dtype), TIMED, self.sends_self, overlaps_launches(device),
+            BITS[self.area.inbox.dtype], empty_bits(x_TD.dtype), TIMED, overlaps_launches(device),
             **launch_options(device, num_warps(block)),
         )  # fmt: skip
         return out_TD

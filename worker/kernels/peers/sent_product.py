@@ -126,4 +126,4 @@ def takes_product(x_TK: Tensor, w_NK: Tensor, sums: OneShot) -> bool:
     """Return True for products of one row whose outputs ``sums`` adds up in peer memory."""
     is_one_row = len(x_TK) == 1 and x_TK.stride(1) == 1 and w_NK.is_contiguous()
     is_few = len(sums.area.peers) <= MOST_RANKS
-    return is_few and is_one_row and x_TK.dtype is w_NK.dtype and len(w_NK) == sums.dim and sums.sends_self
+    return is_few and is_one_row and x_TK.dtype is w_NK.dtype and len(w_NK) == sums.dim
