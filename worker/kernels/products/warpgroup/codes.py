@@ -11,6 +11,8 @@ from triton.experimental.gluon import language as gl
 
 STEP = 128
 """Channels of a step."""
+X_TILES = gl.NVMMASharedLayout(128, 8, rank=2)
+"""How activations lie in shared memory."""
 CODE_FACTOR = gl.constexpr(512.0)
 """A code is read as its 512th."""
 LOW_CODES = gl.constexpr("{ and.b32 $0, $2, 0x0F0F0F0F; shr.u32 $1, $2, 4; and.b32 $1, $1, 0x0F0F0F0F; }")

@@ -1,12 +1,14 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
 """Products of many float8 rows with 4-bit words on Hopper (W4A8): codes are float8 as they lie in their words.
 
-Activations are rounded, weights are not (`codes`). A weight is ``code * scale + bias``. The scale of a
-group multiplies the group's sums, in float32, while the other warpgroup's products run. The bias multiplies the sums of
-the group's activations, as one more product, in bfloat16: ``sum over groups of bias[n, g] * sum[m, g]``.
+Activations are rounded, weights are not (`codes`). A weight is ``code * scale + bias``. The scale of a group multiplies
+the group's sums, in float32. The bias multiplies the sums of the group's activations, as one more product, in bfloat16:
+``sum over groups of bias[n, g] * sum[m, g]``.
 
-The rings of words and of activations are filled ahead by asynchronous copies; each step ends when all its products are
-done, so that a slot is free after the next barrier.
+The rings of words and of activations are filled ahead. Activations come through a tensor map: what threads copy
+themselves, the tensor core may read only after a fence, which waits for all loads that are on their way. Sums are read
+when no product is on its way: else the compiler lets each product wait for the one before. While one warpgroup adds
+up, the other one's products run. All products of a step are done at its end, so a slot is free after the next barrier.
 """
 
 # M rows of activations, N output channels, K input channels, S spans
@@ -20,13 +22,23 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
+    mbarrier,
+    tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mgpu.worker.kernels.layers.float8_codes import SpanRows
-from mgpu.worker.kernels.products.warpgroup.codes import CODE_FACTOR, STEP, byte_layout, codes_of, halves, scale_layout
+from mgpu.worker.kernels.products.warpgroup.codes import (
+    CODE_FACTOR,
+    STEP,
+    X_TILES,
+    byte_layout,
+    codes_of,
+    halves,
+    scale_layout,
+)
 from mgpu.worker.kernels.products.warpgroup.gemm import _add_splits
 from mgpu.worker.kernels.products.warpgroup.widen import GROUPS, PAIRS
 from mgpu.worker.kernels.runtime import Workspace, ceil_div, default_workspace, launch_options, overlaps_launches
@@ -44,7 +56,7 @@ class Float8Tiling:
     block_n: int = 128
     splits: int = 1
     num_warps: int = 8
-    stages: int = 5
+    stages: int = 4
 
 
 @gluon.jit
@@ -76,28 +88,39 @@ def _load_biases(scale_ptr, zero_ptr, rows, span, end_span, groups, KIND: gl.con
 
 
 @gluon.jit
-def _next_span(
-    acc, codes, x, free, last, last_scale, never, PLACE: gl.constexpr, SPAN: gl.constexpr, SUMS: gl.constexpr
-):
-    """Begin the products of a span in the registers of ``free``, then add the last one's."""
-    begun = warpgroup_mma(codes, x.slice(PLACE * SPAN, SPAN, dim=0), free, use_acc=never, is_async=True)
-    last = warpgroup_mma_wait(1, deps=[last])
-    scale = gl.convert_layout(last_scale, gl.SliceLayout(1, SUMS), assert_trivial=True)
-    acc += last * gl.expand_dims(scale, 1)
-    return warpgroup_mma_wait(1, deps=[acc]), begun, last  # so that it is added before ``last`` is used again
+def _add(acc, sums, scale, SUMS: gl.constexpr):
+    scale = gl.convert_layout(scale, gl.SliceLayout(1, SUMS), assert_trivial=True)
+    return acc + sums * gl.expand_dims(scale, 1)
 
 
 @gluon.jit
-def _step(
-    acc, even, odd, odd_scale, codes, x, scales, never,
+def _add_two(
+    acc, even, odd, never, codes_0, codes_1, x, scale_0, scale_1,
+    FIRST: gl.constexpr, SPAN: gl.constexpr, SUMS: gl.constexpr,
+):  # fmt: skip
+    """Add the products of two spans. ``never`` is false: the registers of ``even`` and ``odd`` are used again."""
+    even = warpgroup_mma(codes_0, x.slice(FIRST * SPAN, SPAN, dim=0), even, use_acc=never, is_async=True)
+    odd = warpgroup_mma(codes_1, x.slice((FIRST + 1) * SPAN, SPAN, dim=0), odd, use_acc=never, is_async=True)
+    even, odd = warpgroup_mma_wait(0, deps=[even, odd])
+    acc = _add(_add(acc, even, scale_0, SUMS), odd, scale_1, SUMS)
+    return warpgroup_mma_wait(0, deps=[acc]), even, odd  # so that they are added before they are used again
+
+
+@gluon.jit
+def _add_step(
+    acc, even, odd, never, codes, x, scales,
     SPAN: gl.constexpr, ROWS: gl.constexpr, OPERAND: gl.constexpr, SUMS: gl.constexpr,
 ):  # fmt: skip
-    """Add the products of a step but those of its last span, which are on their way."""
-    if SPAN == 64:
+    """Add the products of a step."""
+    if SPAN == 128:
+        even = warpgroup_mma(codes, x, even, use_acc=never, is_async=True)
+        even = warpgroup_mma_wait(0, deps=[even])
+        acc = _add(acc, even, gl.reshape(scales, [ROWS]), SUMS)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+    elif SPAN == 64:
         codes_0, codes_1 = halves(codes, ROWS, 128, OPERAND)
         scale_0, scale_1 = gl.split(scales)
-        acc, even, odd = _next_span(acc, codes_0, x, even, odd, odd_scale, never, 0, SPAN, SUMS)
-        acc, odd, even = _next_span(acc, codes_1, x, odd, even, scale_0, never, 1, SPAN, SUMS)
+        acc, even, odd = _add_two(acc, even, odd, never, codes_0, codes_1, x, scale_0, scale_1, 0, SPAN, SUMS)
     else:
         left, right = halves(codes, ROWS, 128, OPERAND)
         codes_0, codes_1 = halves(left, ROWS, 64, OPERAND)
@@ -105,17 +128,14 @@ def _step(
         for_even, for_odd = gl.split(gl.reshape(scales, [ROWS, 2, 2]))
         scale_0, scale_2 = gl.split(for_even)
         scale_1, scale_3 = gl.split(for_odd)
-        acc, even, odd = _next_span(acc, codes_0, x, even, odd, odd_scale, never, 0, SPAN, SUMS)
-        acc, odd, even = _next_span(acc, codes_1, x, odd, even, scale_0, never, 1, SPAN, SUMS)
-        acc, even, odd = _next_span(acc, codes_2, x, even, odd, scale_1, never, 2, SPAN, SUMS)
-        acc, odd, even = _next_span(acc, codes_3, x, odd, even, scale_2, never, 3, SPAN, SUMS)
-        scale_1 = scale_3
-    return acc, even, odd, scale_1
+        acc, even, odd = _add_two(acc, even, odd, never, codes_0, codes_1, x, scale_0, scale_1, 0, SPAN, SUMS)
+        acc, even, odd = _add_two(acc, even, odd, never, codes_2, codes_3, x, scale_2, scale_3, 2, SPAN, SUMS)
+    return acc, even, odd
 
 
 @gluon.jit(do_not_specialize=["M", "steps", "eights_per_split", "row_tiles", "chunks"])
 def _float8_words_kernel(
-    x_ptr, x_scale_ptr, x_sum_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr,
+    x_tiles, x_scale_ptr, x_sum_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr,
     M, N, groups, steps, eights_per_split, row_tiles, chunks, y_stride,
     KIND: gl.constexpr, SPAN: gl.constexpr, PER_GROUP: gl.constexpr, SPLITS: gl.constexpr, CHUNKS: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
@@ -127,9 +147,8 @@ def _float8_words_kernel(
     WIDE_SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
     WIDE_OPERAND: gl.constexpr = gl.DotOperandLayout(0, WIDE_SUMS, 2)
     WORD_COPY: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [num_warps, 1], [1, 0])
-    ROW_COPY: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [num_warps, 1], [1, 0])
     SUM_COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
-    AHEAD: gl.constexpr = STAGES - 2
+    AHEAD: gl.constexpr = STAGES - 1
     SPANS: gl.constexpr = 128 // SPAN
     tile, split = gl.program_id(0), gl.program_id(1)
     first_n = tile // row_tiles * BLOCK_N
@@ -137,18 +156,20 @@ def _float8_words_kernel(
     begin = split * eights_per_split * 8
     end = gl.minimum(begin + eights_per_split * 8, steps)
     ws = gl.allocate_shared_memory(gl.uint8, [STAGES, BLOCK_N, 64], gl.SwizzledSharedLayout(16, 2, 4, [1, 0]))
-    xs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BLOCK_M, 128], gl.NVMMASharedLayout(128, 8, rank=2))
+    xs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BLOCK_M, 128], x_tiles.layout)
     sums_of_x = gl.allocate_shared_memory(gl.bfloat16, [CHUNKS, BLOCK_M, 64], gl.NVMMASharedLayout(128, 16, rank=2))
+    arrivals = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(arrivals.index(stage), count=1)
+    fence_async_shared()
+    gl.thread_barrier()
     copied_n = gl.minimum(first_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, WORD_COPY)), N - 1)
     byte = gl.arange(0, 64, layout=gl.SliceLayout(0, WORD_COPY))
     w_ptrs = w_ptr + gl.expand_dims(copied_n.to(gl.int64) * (steps * 64), 1) + gl.expand_dims(byte, 0)
-    copied_m = gl.minimum(first_m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, ROW_COPY)), M - 1)
-    place = gl.arange(0, 128, layout=gl.SliceLayout(0, ROW_COPY))
-    x_ptrs = x_ptr + gl.expand_dims(copied_m * (steps * 128), 1) + gl.expand_dims(place, 0)
-
     for stage in gl.static_range(AHEAD):  # weights are no other kernel's results
         if begin + stage < end:
             async_copy.async_copy_global_to_shared(ws.index(stage), w_ptrs + (begin + stage) * 64)
+        async_copy.commit_group()
     if OVERLAP:
         gl.inline_asm_elementwise(
             "griddepcontrol.launch_dependents; griddepcontrol.wait; // $0", "=r", [], gl.int32, is_pure=False, pack=1
@@ -160,10 +181,12 @@ def _float8_words_kernel(
     for chunk in range(chunks):
         left = gl.expand_dims(begin * SPANS + chunk * 64 + column // 8 * 8 < steps * SPANS, 0)
         async_copy.async_copy_global_to_shared(sums_of_x.index(chunk), sum_ptrs + chunk * 64, mask=left)
+    async_copy.commit_group()
     for stage in gl.static_range(AHEAD):
         if begin + stage < end:
-            async_copy.async_copy_global_to_shared(xs.index(stage), x_ptrs + (begin + stage) * 128)
-        async_copy.commit_group()
+            mbarrier.expect(arrivals.index(stage), BLOCK_M * 128)
+            at = [first_m, (begin + stage) * 128]
+            tma.async_copy_global_to_shared(x_tiles, at, arrivals.index(stage), xs.index(stage))
 
     n = gl.minimum(first_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, SCALES)), N - 1)
     span = gl.arange(0, SPANS, layout=gl.SliceLayout(0, SCALES))
@@ -171,8 +194,8 @@ def _float8_words_kernel(
     wide_n = gl.minimum(first_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, WIDE_OPERAND)), N - 1)
     wide_span = begin * SPANS + gl.arange(0, 64, layout=gl.SliceLayout(0, WIDE_OPERAND))
     wide = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, WIDE_SUMS)
-    async_copy.wait_group(AHEAD - 1)
-    fence_async_shared()
+    async_copy.wait_group(0)
+    fence_async_shared()  # what copies have written is read by the tensor core
     gl.thread_barrier()
     for chunk in range(chunks):
         biases = _load_biases(scale_ptr, zero_ptr, wide_n, wide_span + chunk * 64, end * SPANS, groups, KIND, PER_GROUP)
@@ -181,49 +204,33 @@ def _float8_words_kernel(
     acc = gl.convert_layout(wide, SUMS, assert_trivial=True)
     never = M < 0  # not known while compiling, so that sums stay in their registers
     even = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SUMS)
-    odd = warpgroup_mma_init(gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SUMS))
-    odd_scale = gl.zeros([BLOCK_N], gl.float32, gl.SliceLayout(1, SUMS))
-    for pair in range(begin // 2, end // 2):
-        for half in gl.static_range(2):
-            step = pair * 2 + half
-            i = step - begin
-            async_copy.wait_group(AHEAD - 1)
-            fence_async_shared()  # what copies have written is read by the tensor core
-            gl.thread_barrier()
-            if step + AHEAD < end:
-                slot = (i + AHEAD) % STAGES
-                async_copy.async_copy_global_to_shared(ws.index(slot), w_ptrs + (step + AHEAD) * 64)
-                async_copy.async_copy_global_to_shared(xs.index(slot), x_ptrs + (step + AHEAD) * 128)
-            async_copy.commit_group()
-            next_step = gl.minimum(step + 1, steps - 1)
-            next_scales = _load_scales(scale_ptr, n, next_step * SPANS + span, groups, KIND, PER_GROUP, EVEN)
-            codes = codes_of(ws.index(i % STAGES).load(BYTES), BLOCK_N, OPERAND)
-            x = xs.index(i % STAGES).permute((1, 0))
-            if SPAN == 128:
-                if half == 0:
-                    acc, even, odd = _next_span(acc, codes, x, even, odd, odd_scale, never, 0, SPAN, SUMS)
-                    even_scale = gl.convert_layout(gl.reshape(scales, [BLOCK_N]), gl.SliceLayout(1, SUMS))
-                else:
-                    acc, odd, even = _next_span(acc, codes, x, odd, even, even_scale, never, 0, SPAN, SUMS)
-                    odd_scale = gl.convert_layout(gl.reshape(scales, [BLOCK_N]), gl.SliceLayout(1, SUMS))
-            else:
-                acc, even, odd, odd_scale = _step(
-                    acc, even, odd, odd_scale, codes, x, scales, never, SPAN, BLOCK_N, OPERAND, SUMS
-                )
-                odd_scale = gl.convert_layout(odd_scale, gl.SliceLayout(1, SUMS))
-            scales = next_scales
-    last = warpgroup_mma_wait(0, deps=[odd])
-    acc += last * gl.expand_dims(odd_scale, 1)
+    odd = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SUMS)
+    for step in range(begin, end):
+        i = step - begin
+        async_copy.wait_group(AHEAD - 1)
+        gl.thread_barrier()
+        if step + AHEAD < end:
+            slot = (i + AHEAD) % STAGES
+            async_copy.async_copy_global_to_shared(ws.index(slot), w_ptrs + (step + AHEAD) * 64)
+            mbarrier.expect(arrivals.index(slot), BLOCK_M * 128)
+            at = [first_m, (step + AHEAD) * 128]
+            tma.async_copy_global_to_shared(x_tiles, at, arrivals.index(slot), xs.index(slot))
+        async_copy.commit_group()
+        next_step = gl.minimum(step + 1, steps - 1)
+        next_scales = _load_scales(scale_ptr, n, next_step * SPANS + span, groups, KIND, PER_GROUP, EVEN)
+        codes = codes_of(ws.index(i % STAGES).load(BYTES), BLOCK_N, OPERAND)
+        mbarrier.wait(arrivals.index(i % STAGES), i // STAGES % 2)
+        x = xs.index(i % STAGES).permute((1, 0))
+        acc, even, odd = _add_step(acc, even, odd, never, codes, x, scales, SPAN, BLOCK_N, OPERAND, SUMS)
+        scales = next_scales
 
-    async_copy.wait_group(0)
     n_out = first_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, SUMS))
     m = first_m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SUMS))
     is_done = 1
     if SPLITS > 1:
         row, line = n_out - first_n, m - first_m  # blocks of 8 x 8 sums, as warps have them
-        offsets = gl.expand_dims(row // 8 * (8 * BLOCK_M) + row % 8 * 8, 1) + gl.expand_dims(
-            line // 8 * 64 + line % 8, 0
-        )
+        offsets = gl.expand_dims(row // 8 * (8 * BLOCK_M) + row % 8 * 8, 1)
+        offsets = offsets + gl.expand_dims(line // 8 * 64 + line % 8, 0)
         acc, is_done = _add_splits(acc, partial_ptr, counter_ptr, tile, split, offsets, SPLITS, BLOCK_N * BLOCK_M)
     if is_done:
         acc *= gl.expand_dims(gl.load(x_scale_ptr + gl.minimum(m, M - 1)), 0)
@@ -263,8 +270,9 @@ def float8_words_gemm(
     if tiling.splits > 1:
         workspace.require(tiles * tiling.splits * tiling.block_n * BLOCK_M, tiles)
     group = weight.group or weight.k
+    x_tiles = TensorDescriptor.from_tensor(rows.values, [BLOCK_M, STEP], X_TILES)
     _float8_words_kernel[(tiles, tiling.splits)](
-        rows.values, rows.scale_T, rows.sums_TS, weight.words.view(torch.uint8), weight.scales, weight.zeros, bias_N,
+        x_tiles, rows.scale_T, rows.sums_TS, weight.words.view(torch.uint8), weight.scales, weight.zeros, bias_N,
         out_MN, workspace.partials, workspace.counters,
         count, n, weight.scales.shape[1], steps, eights_per_split, row_tiles,
         ceil_div(eights_per_split * 8 * STEP // span, 64), out_MN.stride(0),
