@@ -141,6 +141,7 @@ KERNEL_MODULES = tuple(
         "products.dequantize_groups",
         "products.group_gemm",
         "products.group_gemv",
+        "products.integer_gemv",
         "layers.gates",
         "layers.head_values",
         "layers.norm",

@@ -108,8 +108,8 @@ def dequantize(form: WeightFormat) -> None:
     dequantize_packed(random_packed(form, (64, 64), 256, torch.Generator().manual_seed(0)), BF16)
 
 
-def multiply_groups(form: WeightFormat, rows: int) -> None:
-    weight = random_packed(form, (1024,), 1024, torch.Generator().manual_seed(0))
+def multiply_groups(form: WeightFormat, rows: int, outputs: int = 1024) -> None:
+    weight = random_packed(form, (outputs,), 1024, torch.Generator().manual_seed(0))
     quantized_matmul(torch.zeros(rows, 1024, dtype=BF16), weight)
 
 
@@ -145,8 +145,10 @@ FLOAT8: tuple[Case, ...] = (
     (multiply, ("fp8", 2, 1024, torch.float16)),
     (dequantize, (WeightFormat("fp8", 128, 128, 2, source="blocks"),)),
     (multiply_groups, (WeightFormat("fp8", 128, 128, 4, source="blocks"), 16)),
+    (multiply_groups, (WeightFormat("4", 128, 1, 2, 1, False, "groups"), 1, 4128)),
+    (multiply_groups, (GGUF_FORMATS["Q6_K"], 1, 4128)),
 )
-"""What needs no instruction that converts float8."""
+"""What needs no instruction that converts float8, and products by dot products of bytes."""
 WARPGROUPS: tuple[Case, ...] = (
     (multiply_words, (WeightFormat("4", 32), 1, 128)),
     (multiply_words, (WeightFormat("4", 128, 1, 2, 1, False, "groups"), 64, 128)),

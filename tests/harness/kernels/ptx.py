@@ -28,8 +28,16 @@ def _result(name: str, given: list[int]) -> int:
         return given[0]
     if name == "and.b32":
         return given[0] & given[1]
+    if name == "or.b32":
+        return given[0] | given[1]
     if name == "shr.u32":
         return given[0] >> given[1]
+    if name == "mad.lo.s32":
+        return (given[0] * given[1] + given[2]) & 0xFFFFFFFF
+    if name in ("dp4a.u32.u32", "dp4a.u32.s32"):
+        octets = [each.to_bytes(4, "little") for each in given[:2]]
+        factors = [int.from_bytes(bytes([octet]), signed=name.endswith("s32")) for octet in octets[1]]
+        return (sum(a * b for a, b in zip(octets[0], factors, strict=True)) + given[2]) & 0xFFFFFFFF
     if name == "prmt.b32":
         octets = (given[0] | given[1] << 32).to_bytes(8, "little")
         return int.from_bytes(bytes(octets[given[2] >> 4 * place & 7] for place in range(4)), "little")

@@ -14,6 +14,7 @@ from mgpu.worker.kernels.products.gemv import gemv
 from mgpu.worker.kernels.products.group_gemm import group_gemm, most_rows
 from mgpu.worker.kernels.products.group_gemv import group_gemv
 from mgpu.worker.kernels.products.group_parts import RUN_KINDS, takes
+from mgpu.worker.kernels.products.integer_gemv import integer_gemv, takes_integers
 from mgpu.worker.kernels.products.quantized_gemm import quantized_gemm
 from mgpu.worker.kernels.products.quantized_gemv import quantized_gemv
 from mgpu.worker.kernels.products.warpgroup import float8_trial
@@ -48,6 +49,8 @@ def quantized_matmul(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None =
     rows = x_TI.shape[0]
     if rows > 1 and takes_words(weight, x_TI.dtype) and (product := _words_product(rows, weight)):
         return product(x_TI, weight, bias_O)
+    if rows == 1 and takes_integers(weight, x_TI.dtype):
+        return integer_gemv(x_TI, weight, bias_N=bias_O)
     if not weight.is_simple:
         return _group_matmul(x_TI, weight, bias_O)
     if rows == 1:
@@ -89,6 +92,8 @@ def one_row_matmul(
 ) -> Tensor:
     """Multiply a single row; ``gate`` as in `gemv`."""
     if isinstance(w, PackedWeight):
+        if takes_integers(w, x_1I.dtype):
+            return integer_gemv(x_1I, w, gate=gate, bias_N=bias_O)
         multiply = quantized_gemv if w.is_simple else group_gemv
         return multiply(x_1I, w, gate=gate, bias_N=bias_O)
     return gemv(x_1I, w, gate=gate, bias_N=bias_O)

@@ -1,0 +1,95 @@
+"""Products of one row by dot products of bytes equal plain torch, and their inline assembly does what it says."""
+
+import random
+
+import pytest
+import torch
+
+from harness.kernels.kernel_checks import relative_error
+from harness.kernels.ptx import run_ptx
+from mgpu.protocol.checkpoint.quantized.gguf import GGUF_FORMATS
+from mgpu.protocol.model.weight_format import WeightFormat
+from mgpu.worker.kernels.products.integer_gemv import _DOT, _PACK, integer_gemv, takes_integers
+from mgpu.worker.quantization.packing import PackedWeight, dequantize, pack_int4
+from mgpu.worker.quantization.random_packed import random_packed
+
+GPTQ = WeightFormat("4", 128, 1, 2, 1, source="GPTQ")
+FORMS = {"pairs": None, "GPTQ": GPTQ, "Q4_K": GGUF_FORMATS["Q4_K"], "Q4_0": GGUF_FORMATS["Q4_0"]}
+
+
+def make(form: WeightFormat | None, outputs: int, inputs: int, device: torch.device) -> PackedWeight:
+    generator = torch.Generator(device).manual_seed(0)
+    if form is None:
+        q = torch.randint(-8, 8, (outputs, inputs), generator=generator, device=device)
+        numbers = (torch.randn(outputs, -(-inputs // 32), generator=generator, device=device) for _ in range(2))
+        return pack_int4(q, *numbers, 32)
+    weight = random_packed(form, (outputs,), inputs, generator)
+    if weight.zeros is not None:
+        weight.zeros.random_(-8, 9, generator=generator)
+    return weight
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("inputs", [96, 512])
+def test_products_equal_those_of_the_dequantized_weight(name: str, inputs: int, device: torch.device) -> None:
+    if inputs % 256 and FORMS[name]:
+        pytest.skip("a row of this form has whole blocks")
+    weight = make(FORMS[name], 12, inputs, device)
+    x = torch.randn(1, inputs, device=device)
+    x[:, ::32] *= 50  # the largest of a run says how the others are rounded
+    expected = x @ dequantize(weight, torch.float32).T
+    assert relative_error(integer_gemv(x, weight), expected) < 2e-4
+    narrow = x.bfloat16()
+    assert relative_error(integer_gemv(narrow, weight), narrow.float() @ dequantize(weight, torch.float32).T) < 4e-3
+
+
+def test_gate_and_bias_are_those_of_other_products(device: torch.device) -> None:
+    weight = make(None, 16, 256, device)
+    x, bias = torch.randn(1, 256, device=device), torch.randn(16, device=device)
+    sums = x @ dequantize(weight, torch.float32).T + bias
+    expected = torch.nn.functional.silu(sums[:, :8]) * sums[:, 8:]
+    assert relative_error(integer_gemv(x, weight, gate="silu", bias_N=bias), expected) < 1e-3
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(bad: float, device: torch.device) -> None:
+    x = torch.ones(1, 256, device=device)
+    x[0, 77] = bad
+    assert not integer_gemv(x, make(None, 16, 256, device)).isfinite().any()
+
+
+def test_zeros_give_zeros(device: torch.device) -> None:
+    assert not integer_gemv(torch.zeros(1, 256, device=device), make(None, 16, 256, device)).any()
+
+
+def test_a_word_is_multiplied_by_integers_in_two_bytes() -> None:
+    draw = random.Random(0)
+    for _ in range(20):
+        word, numbers = draw.getrandbits(32), [draw.randint(-32000, 32000) for _ in range(8)]
+        codes = [word >> 4 * part & 15 for part in range(8)]
+        given = {"$1": word}
+        for first, names in ((0, ("$2", "$3")), (1, ("$4", "$5"))):
+            halves = {f"${2 + place}": numbers[2 * place + first] & 0xFFFFFFFF for place in range(4)}
+            packed = run_ptx(_PACK.value, halves)
+            given |= {names[0]: packed["$0"], names[1]: packed["$1"]}
+        expected = sum(code * number for code, number in zip(codes, numbers, strict=True))
+        assert run_ptx(_DOT.value, given)["$0"] == expected & 0xFFFFFFFF
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "taken"),
+    [
+        (GPTQ, torch.bfloat16, True),
+        (GPTQ, torch.float32, False),
+        (WeightFormat("4", 128, 1, 2, 1, True, source="act-order"), torch.bfloat16, False),
+        (WeightFormat("8", 128, 1, 2, 1, source="x"), torch.bfloat16, False),
+        (GGUF_FORMATS["Q4_1"], torch.float16, True),
+        (GGUF_FORMATS["IQ4_NL"], torch.bfloat16, False),
+    ],
+)
+def test_integers_of_wide_matrices_with_narrow_activations_are_taken(
+    form: WeightFormat, dtype: torch.dtype, taken: bool
+) -> None:
+    wide, narrow = (random_packed(form, (rows,), 256, torch.Generator().manual_seed(0)) for rows in (1040, 1024))
+    assert takes_integers(wide, dtype) is taken
+    assert not takes_integers(narrow, dtype)
