@@ -209,7 +209,7 @@ FEW_ROWS, FEW_BLOCKS = replace(LIMITS, max_rows=16), replace(LIMITS, num_blocks=
 def test_who_comes_later_waits_for_no_end_of_long_requests(limits: Limits) -> None:
     server = Server(1000, limits)
     for _ in range(40):
-        server.submit(OTHER, prompt=40, max_tokens=300)
+        server.submit(OTHER, prompt=40, max_tokens=100)
     for _ in range(5):
         server.step()
     for _ in range(4):
