@@ -1,12 +1,13 @@
 """Turn what clients send into token ids, or into text: what is short at once, what is long and chats in processes.
 
 Owners take turns by the CPU time that their texts took (`front/fair_turns.py`), and so do the accounts of each, none
-of which has two under way. So an owner whose texts are long, or hang until they are killed, delays others by one of
-them at most.
+of which has two under way. An owner whose last text took long has one under way, whatever accounts it has. So one whose
+texts are long, or hang until they are killed, delays others by one of them at most, once it is known.
 """
 
 import logging
 import time
+from collections import Counter
 from concurrent.futures import Future
 
 from mgpu.orchestrator.gateway.front.fair_turns import FairTurns, Path
@@ -28,7 +29,9 @@ INLINE_CHARS = 2048
 INLINE_IDS = 256
 """More token ids are turned into text in another process."""
 SLOW_S = 0.05
-"""If a short prompt takes longer, all further ones go to another process too."""
+"""If a short prompt takes longer, all further ones go to another process too. Who has such a text there is slow."""
+MOST_SLOW = 4096
+"""Owners that are remembered as slow."""
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +50,10 @@ class Prompts:
         self._encoders = encoders
         self._vocab_size = vocab_size
         self._turns: FairTurns[Request] = FairTurns()
+        self._running_of: Counter[str] = Counter()
+        """Texts of each owner that are worked on."""
+        self._slow: set[str] = set()
+        """Owners whose last text took long."""
         self._num_running = 0
         self._bug_log, self._limit_log = BoundedLog(log, logging.ERROR), BoundedLog(log, logging.ERROR)
 
@@ -99,20 +106,37 @@ class Prompts:
 
     def _start_next(self) -> None:
         """Let as many processes work as there may be, for the accounts whose turn it is."""
-        while self._num_running < NUM_THREADS and (taken := self._turns.take()) is not None:
+        while self._num_running < NUM_THREADS and (taken := self._turns.take(self._may_begin)) is not None:
             path, request = taken
             if self._has_ended(request):
                 self._turns.charge(path, 0.0)
             else:
                 self._start(path, request)
 
+    def _may_begin(self, owner: str) -> bool:
+        """Return whether an owner may have one more process: those with slow texts leave one to the others."""
+        return not self._running_of[owner] or owner not in self._slow
+
+    def _note_cost(self, owner: str, cpu_s: float) -> None:
+        self._running_of[owner] -= 1
+        if not self._running_of[owner]:
+            del self._running_of[owner]
+        if cpu_s < SLOW_S:
+            self._slow.discard(owner)
+        elif len(self._slow) < MOST_SLOW or owner in self._slow:
+            self._slow.add(owner)
+        else:
+            self._slow = {owner}
+
     def _start(self, path: Path, request: Request) -> None:
         began_s, task = time.monotonic(), self._task_of(request)
+        self._running_of[path[0]] += 1
 
         def finish(future: "Future[TextReply]") -> None:
             self._num_running -= 1
-            cpu_s = 0.0 if future.exception() else future.result().cpu_s
-            self._turns.charge(path, cpu_s or time.monotonic() - began_s)
+            cpu_s = (0.0 if future.exception() else future.result().cpu_s) or time.monotonic() - began_s
+            self._note_cost(path[0], cpu_s)
+            self._turns.charge(path, cpu_s)
             self._start_next()
             if not self._has_ended(request):
                 self._finish(request, future)

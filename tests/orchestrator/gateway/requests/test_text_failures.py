@@ -2,6 +2,7 @@
 
 import errno
 import logging
+from collections import Counter
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any, cast
@@ -9,10 +10,12 @@ from typing import Any, cast
 import pytest
 
 from harness.servers.resuming_gateway import A, B, ResumingGateway, record
+from mgpu.orchestrator.gateway.front.fair_turns import FairTurns
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.requests import request_handler
 from mgpu.orchestrator.gateway.requests.prompts import Prompts
 from mgpu.orchestrator.gateway.requests.request import Request
+from mgpu.orchestrator.gateway.text.processes.background import NUM_THREADS
 from mgpu.orchestrator.gateway.text.processes.encoder_process import EncoderFailed
 from mgpu.protocol.front.client_messages import Generate
 from mgpu.protocol.front.fields import int32_bytes
@@ -134,3 +137,36 @@ def test_the_input_of_a_request_that_was_submitted_is_not_kept() -> None:
     cast("Any", gateway.resumptions)._requests.admit(request := Request(A, spec, 0.0, None), prompt)
     assert (request.spec.prompt_ids, request.spec.logit_bias) == (None, ())
     assert (request.spec.session, request.spec.n, request.spec.stream) == ("s", 2, True)
+
+
+def test_an_owner_with_slow_texts_leaves_a_process_to_others() -> None:
+    """On ipc each of its connections is an account, and five of them had both processes."""
+    started: list[tuple[str, Any]] = []
+    prompts = object.__new__(Prompts)
+    tasks = SimpleNamespace(run=lambda work, finish: started.append((work(), finish)))
+    for name, value in (
+        ("_turns", FairTurns()), ("_running_of", Counter()), ("_slow", set()), ("_num_running", 0),
+        ("_background", tasks), ("_encoders", SimpleNamespace(do=lambda task: task)),
+        ("_task_of", lambda request: request), ("_has_ended", lambda request: False), ("_finish", lambda *_: None),
+    ):  # fmt: skip
+        setattr(prompts, name, value)
+
+    def finish(cpu_s: float) -> None:
+        future: Future[Any] = Future()
+        future.set_result(SimpleNamespace(cpu_s=cpu_s))
+        started.pop(0)[1](future)
+
+    for number in range(6):
+        prompts._turns.put(("slow", f"connection {number}"), cast("Any", f"slow {number}"))
+    prompts._start_next()
+    assert len(started) == NUM_THREADS == 2, "until it is known"
+    finish(1.0)
+    assert len(started) == 1
+    prompts._turns.put(("other", "its own"), cast("Any", "other"))
+    prompts._start_next()
+    assert [name for name, _ in started][1:] == ["other"]
+    finish(1.0)
+    assert [name.split()[0] for name, _ in started] == ["other", "slow"]
+    finish(0.001)
+    finish(0.001)
+    assert len(started) == 2, "quick texts have all processes"
