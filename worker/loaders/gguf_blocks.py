@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mgpu.protocol.checkpoint.files.tensors import BLOCKS, PackedParts, TensorEntry
 from mgpu.protocol.checkpoint.read import CheckpointError
-from mgpu.worker.loaders.unpack import ReadBlock, scales_fit
+from mgpu.worker.loaders.unpack import ReadBlock, too_large
 from mgpu.worker.quantization.packing import HIGH_BITS, KIND_OF, PackedWeight, octet_words, run_words
 
 
@@ -27,10 +27,12 @@ class Blocks:
     supers: Tensor | None = None
 
 
-def unpack_blocks(parts: PackedParts, read: ReadBlock, rows: range, columns: Sequence[range]) -> PackedWeight:
-    """Return some outputs and inputs of a matrix, the inputs being whole blocks. CheckpointError.
+def unpack_blocks(
+    parts: PackedParts, read: ReadBlock, rows: range, columns: Sequence[range]
+) -> tuple[PackedWeight, Tensor]:
+    """Return some outputs and inputs of a matrix, and whether any number of them is not finite, a bool on the device.
 
-    Inputs of several ranges lie side by side in what is returned.
+    The inputs are whole blocks. Those of several ranges lie side by side in what is returned. CheckpointError.
     """
     form, entry = parts.form, parts.values
     kind = form.source.removeprefix("GGUF ")
@@ -40,25 +42,30 @@ def unpack_blocks(parts: PackedParts, read: ReadBlock, rows: range, columns: Seq
     octets = [range(part.start // elements * size, part.stop // elements * size) for part in columns]
     raw = [read(entry, wanted, part).view(len(rows), -1, size) for part in octets]
     found = _UNPACKERS[kind](raw[0] if len(raw) == 1 else torch.cat(raw, dim=1))
-    _check(found, entry)
     codes_NK, held = found.codes.flatten(1), KIND_OF[form.quant]
     words, high = _words(codes_NK, form.quant)
     scales_NG = found.scales.flatten(1)
     offsets_NG = None if found.offsets is None else found.offsets.flatten(1)
-    return PackedWeight(
+    weight = PackedWeight(
         held, words, scales_NG, sum(map(len, columns)), form.group, high=high, offsets=offsets_NG, supers=found.supers
     )
+    return weight, _is_bad(found)
 
 
-def _check(found: Blocks, entry: TensorEntry) -> None:
-    """Refuse numbers that are not finite. CheckpointError."""
-    is_exponent = found.supers is None and found.scales.dtype == torch.uint8  # 255 stands for NaN
-    is_bad = is_exponent and not scales_fit(found.scales)
-    for numbers in (found.scales, found.offsets, found.supers):
-        if numbers is not None and numbers.is_floating_point():
-            is_bad = is_bad or not bool(torch.isfinite(numbers).all())
-    if is_bad:
-        raise CheckpointError(f"tensor {entry.name!r} in {entry.file} holds NaN or infinity: the file is corrupt")
+def _is_bad(found: Blocks) -> Tensor:
+    """Return True if a number is not finite, without waiting for the device."""
+    if found.supers is None and found.scales.dtype == torch.uint8:
+        return too_large(found.scales)
+    numbers = [each for each in (found.scales, found.offsets, found.supers) if each is not None]
+    flags = [~torch.isfinite(each).all() for each in numbers if each.is_floating_point()]
+    return torch.stack(flags).any()
+
+
+def check_finite(entries: Sequence[TensorEntry], flags: Sequence[Tensor]) -> None:
+    """Raise CheckpointError for the first tensor whose flag is set; waits for the device once."""
+    for entry, is_bad in zip(entries, torch.stack(list(flags)).tolist(), strict=True):
+        if is_bad:
+            raise CheckpointError(f"tensor {entry.name!r} in {entry.file} holds NaN or infinity: the file is corrupt")
 
 
 def _words(codes_NK: Tensor, quant: str) -> tuple[Tensor, Tensor | None]:

@@ -7,21 +7,27 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from mgpu.protocol.checkpoint.files.tensors import PackedParts
 from mgpu.protocol.model.weight_format import WeightFormat
-from mgpu.worker.loaders.gguf_blocks import unpack_blocks
+from mgpu.worker.loaders.gguf_blocks import check_finite, unpack_blocks
 from mgpu.worker.loaders.unpack import ReadBlock, Unpacked, read_order, unpack_rows
 from mgpu.worker.quantization.packing import KIND_OF, PackedWeight, nibble_words, octet_words
 
 CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 23}
 """Weights that are unpacked at once. They take a few bytes each on the way; a GPU is waited for once a chunk."""
 
-InOrder = Callable[[Iterable[Callable[[], PackedWeight]]], Iterator[PackedWeight]]
-"""Calls functions, maybe several at once, and returns their results in order."""
+T = TypeVar("T")
+
+
+class InOrder(Protocol):
+    """Calls functions, maybe several at once, and returns their results in order."""
+
+    def __call__(self, calls: Iterable[Callable[[], T]], /) -> Iterator[T]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +41,7 @@ class Piece:
     """Further ranges of columns, whole blocks of a GGUF file."""
 
 
-def one_by_one(calls: Iterable[Callable[[], PackedWeight]]) -> Iterator[PackedWeight]:
+def one_by_one(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
     return (call() for call in calls)
 
 
@@ -76,7 +82,16 @@ def _read_blocks(pieces: Sequence[Piece], read: ReadBlock, in_order: InOrder, el
     columns = pieces[0].columns, *pieces[0].more_columns
     chunks = [(piece, rows) for piece in pieces for rows in _chunks(piece, 1, elements)]
     calls = [partial(unpack_blocks, piece.parts, read, rows, columns) for piece, rows in chunks]
-    return _stacked(in_order(calls), sum(len(piece.rows) for piece in pieces))
+    flags: list[Tensor] = []
+
+    def weights() -> Iterator[PackedWeight]:
+        for weight, is_bad in in_order(calls):
+            flags.append(is_bad)
+            yield weight
+
+    stack = _stacked(weights(), sum(len(piece.rows) for piece in pieces))
+    check_finite([piece.parts.values for piece, _ in chunks], flags)
+    return stack
 
 
 def _stacked(chunks: Iterable[PackedWeight], outputs: int) -> PackedWeight:

@@ -33,6 +33,7 @@ from mgpu.worker.loaders.background import Background
 from mgpu.worker.loaders.block_formats import NUMBERS, BlockType, block_type
 from mgpu.worker.loaders.copiers import Progress, make_copier
 from mgpu.worker.loaders.packed import Piece, one_by_one, read_packed
+from mgpu.worker.loaders.pinned_reads import PinnedReads
 from mgpu.worker.loaders.slices import FileRows, slice_of, total
 from mgpu.worker.quantization.packing import PackedWeight, dequantize
 
@@ -70,6 +71,7 @@ class WeightReader:
         self._device = device
         self._copier = make_copier(device, threads, self._count)
         self._background = Background(device, threads if device.type == "cuda" else 1)
+        self._pinned = PinnedReads(device) if device.type == "cuda" else None
         self._opening = Lock()
 
     def _count(self, nbytes: int) -> None:
@@ -204,8 +206,11 @@ class WeightReader:
         plain = BlockType(1, size, lambda raw: raw.view(numbers), numbers)
         file = self._open(str(entry.file), entry)
         source = FileRows(entry, plain, file, offset, len(rows), row_bytes, width * size * rows.step)
-        raw = torch.empty(source.nbytes, dtype=torch.uint8)
-        source.read(raw.numpy().data)
+        if self._pinned is not None:
+            raw = self._pinned.read(source)
+        else:
+            raw = torch.empty(source.nbytes, dtype=torch.uint8)
+            source.read(raw.numpy().data)
         self._unreported.append(source.nbytes)
         return raw.view(numbers).view(len(rows), len(columns)).to(self._device)
 

@@ -93,8 +93,13 @@ def _is_finite(scales: Tensor) -> bool:
 def scales_fit(scales: Tensor) -> bool:
     """Return True if no weight can be infinite: scales times the largest number that codes can stand for."""
     if scales.dtype == torch.uint8:
-        return not bool((scales >= 255 - _CODE_BITS).any())
+        return not bool(too_large(scales))
     return bool(torch.isfinite(scales.float() * (1 << _CODE_BITS)).all())
+
+
+def too_large(exponents: Tensor) -> Tensor:
+    """Return True if a power of two is NaN, or so large that no weight with it fits float32."""
+    return (exponents >= 255 - _CODE_BITS).any()
 
 
 def _values(parts: PackedParts, read: ReadBlock, rows: range, columns: range) -> Tensor:
