@@ -10,6 +10,7 @@ from gguf import GGMLQuantizationType as Kind
 from harness.models.converted_gguf import CONVERTED, convert
 from harness.models.odd_gguf import FILES, rounded
 from harness.models.odd_models import IDS, logits_of
+from harness.models.stored_models import widened
 from harness.ranks.rank_threads import ThreadGroup, run_ranks
 from harness.ranks.stage_driver import Stages, logits_in_chunks
 from mgpu.orchestrator.placement.split.sizes import rank_weight_bytes
@@ -58,6 +59,7 @@ def test_a_packed_file_gives_the_logits_of_its_numbers(tmp_path: Path, name: str
     assert len(held) > 1, "the matrices that attention multiplies its input by have several types"
     assert all(form.source.startswith("GGUF ") for form in held)
     expected = logits_in_chunks(plain, IDS, [len(IDS)])
+    torch.testing.assert_close(logits_in_chunks(widened(packed), IDS, [len(IDS)], 2), expected, atol=2e-4, rtol=0)
     for ranks in (1, 2):
         place = PlacementPlan((Stage(0, packed.facts.num_layers, tuple(range(ranks))),))
         held = run_ranks(ranks, lambda group: stages_of(packed, group).stages[0].weight_bytes())
