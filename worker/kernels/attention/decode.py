@@ -189,9 +189,14 @@ def choose_tiling(
 
 def _fastest_tiling(rows: int, kv_heads: int, dim: int, cache_dtype: torch.dtype) -> DecodeTiling:
     pairs = rows * kv_heads
+    is_wide_float8 = dim > 128 and cache_dtype.itemsize == 1
+    # One program of wide float8 tiles has too few bytes on their way to keep the memory of an SM busy.
+    programs = 2 * HOPPER_SMS if is_wide_float8 else HOPPER_SMS
     splits = 1
-    while splits < 64 and pairs * splits * 2 <= HOPPER_SMS:
+    while splits < 64 and pairs * splits * 2 <= programs:
         splits *= 2
+    if is_wide_float8 and pairs < _MANY_PAIRS:
+        return DecodeTiling(splits, 64)
     if dim > 128 or cache_dtype.itemsize > 2:
         return DecodeTiling(splits, 32)
     if cache_dtype.itemsize == 1:

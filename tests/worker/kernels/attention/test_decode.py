@@ -61,6 +61,7 @@ def test_a_token_sees_its_own_chunk_alone(device: torch.device, chunk: int) -> N
         ([1, 65, 64], 64, 2, 4, 128, None, None),
         ([200, 3], 64, 1, 3, 64, 50, DecodeTiling(2, 32, 32)),
         ([33], 16, 1, 2, 256, 20, DecodeTiling(1, 32)),
+        ([200], 64, 1, 2, 256, None, None),
     ],
 )
 def test_decode_attention_reads_a_float8_cache(
@@ -151,5 +152,11 @@ def test_a_workspace_that_is_too_small_is_refused_with_the_numbers(device: torch
 def test_tiling_depends_on_the_batch_alone_and_fills_the_device() -> None:
     assert choose_tiling(1, 8, 128, torch.bfloat16).splits == 16
     assert choose_tiling(256, 8, 128, torch.bfloat16).splits == 1
+    wide = [choose_tiling(rows, 2, 256, torch.float8_e4m3fn) for rows in (64, 256, 512)]
+    assert [(each.splits, each.block_n) for each in wide] == [(2, 64), (1, 64), (1, 32)]
+    assert (choose_tiling(64, 2, 256, torch.bfloat16).splits, choose_tiling(64, 2, 256, torch.bfloat16).block_n) == (
+        1,
+        32,
+    )
     tilings = [choose_tiling(rows, 4, 128, torch.bfloat16) for rows in (1, 2)]
     assert [(each.splits, each.block_n) for each in tilings] == [(32, 64), (16, 128)]  # many splits, short stretches
