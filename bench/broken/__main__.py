@@ -1,6 +1,6 @@
 """Break tiny models of every stored format, one thing at a time, and see that each is refused well.
 
-`python -m bench.broken [--only PART,…]` tries some 9,300 breakages (half a minute of a core): scales and zero
+`python -m bench.broken [--only PART,…]` tries some 12,500 breakages (two minutes of a core): scales and zero
 points of other shapes and types, numbers that are not finite, groups that do not divide or do not exist, types and
 methods that nobody knows, files that are cut or missing. A finding is a crash, a wait, a refusal without file
 and tensor, or a model that is loaded although its header or its numbers cannot be meant. The test suite tries a sample.
