@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bench.kernels.timing import BF16, READ_TBPS, Launch, compile_all, graph_us, relative_error
 from mgpu.launch.bench.report import describe, heading
+from mgpu.protocol.checkpoint.quantized.gguf import GGUF_FORMATS
 from mgpu.protocol.model.expert_facts import Clamp
 from mgpu.protocol.model.quantization import weight_format
 from mgpu.protocol.model.weight_format import WeightFormat
@@ -34,12 +35,13 @@ FORMS = {
     "MXFP4": WeightFormat("fp4", 32, 1, 1, source="MXFP4"),
     "FP8": WeightFormat("fp8", 128, 128, source="FP8"),
     "GPTQ": WeightFormat("4", 128, scale_bytes=2, zero_bytes=1, source="GPTQ"),
+    **{name: GGUF_FORMATS[name] for name in ("Q4_K", "Q6_K")},
     "int8": weight_format("8"), "fp8": weight_format("fp8"), "int4": weight_format("4"),
 }  # fmt: skip
 COUNT, LAUNCHES = 32, 8
 CLAMP = Clamp(1.702, 7.0)
 SWEEP = [FewPackedTiling(*each) for each in (
-    (8, 128, 1), (4, 128, 1), (4, 64, 1), (8, 64, 1), (4, 256, 2), (8, 256, 2), (4, 256, 1), (2, 256, 1), (2, 512, 2),
+    (4, 128, 1), (8, 64, 1), (16, 64, 1), (8, 128, 2), (8, 256, 2), (4, 256, 1), (2, 512, 2),
 )]  # fmt: skip
 
 

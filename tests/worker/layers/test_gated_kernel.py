@@ -22,15 +22,15 @@ class Projection:
 
 
 class Packed:
-    def __init__(self, is_simple: bool) -> None:
-        self.is_simple, self.kind = is_simple, ""
+    def __init__(self, is_simple: bool, order: Any = None) -> None:
+        self.is_simple, self.kind, self.group, self.order = is_simple, "fp8", 32, order
 
 
 @pytest.mark.parametrize(
     ("held", "rows", "kernel"),
     [(torch.ones(2), 1, "one row"), (torch.ones(2), 2, "gated"), (Packed(True), 1, "one row"),
-     (Packed(False), 1, "gated"), (Packed(True), 3, "gated")],
-    ids=["dense", "dense, two rows", "simple", "not simple", "simple, three rows"],
+     (Packed(False), 1, "one row"), (Packed(False, "any"), 1, "gated"), (Packed(True), 3, "gated")],
+    ids=["dense", "dense, two rows", "simple", "with groups", "with ordered inputs", "simple, three rows"],
 )  # fmt: skip
 def test_one_row_has_a_kernel_of_its_own(monkeypatch: pytest.MonkeyPatch, held: Any, rows: int, kernel: str) -> None:
     pytest.importorskip("triton", reason="triton is not installed")

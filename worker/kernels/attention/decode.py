@@ -44,7 +44,7 @@ _OTHER_SHARED = 20 << 10
 _MANY_PAIRS = 1024
 """From so many (row, KV head) pairs on each SM has more programs than it holds, and smaller ones are faster."""
 _FEW_PAIRS = 4
-"""Up to so many pairs a program has at most 256 tokens of a context of 8,192: smaller tiles begin sooner."""
+"""Up to so many pairs a program has at most 384 tokens of a context of 8,192: smaller tiles begin sooner."""
 COMBINE = 8
 """Stretches that the last program loads at once."""
 _READY = (None, None, None, None, None, 0.0)
@@ -202,7 +202,7 @@ def _fastest_tiling(rows: int, kv_heads: int, dim: int, cache_dtype: torch.dtype
     if cache_dtype.itemsize == 1:
         return DecodeTiling(splits, 128)
     if pairs <= _FEW_PAIRS:
-        return DecodeTiling(splits, 64, stretch=256, num_stages=4)
+        return DecodeTiling(splits, 64, stretch=384, num_stages=4)
     if pairs <= HOPPER_SMS:  # merging two short stretches takes longer than one program with both
         return DecodeTiling(splits, 128, stretch=256)
     return DecodeTiling(splits, 64, num_warps=4 if pairs < _MANY_PAIRS else 2, num_stages=3)

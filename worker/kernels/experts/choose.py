@@ -24,8 +24,6 @@ from mgpu.worker.quantization.packing import PackedWeight
 
 FEW_TOKENS = 4
 """Tokens up to which each pair of token and expert reads its weights by itself."""
-FEW_KINDS = ("fp4", "fp8")
-"""Kinds of weights with scales of groups of which `few_packed` was measured."""
 PACKED_TOKENS = 1024
 """Tokens beyond which quantized experts are dequantized once per step and layer."""
 
@@ -125,7 +123,8 @@ def routed_experts(
 
 
 def _takes_few(stack: Stack) -> bool:
-    return isinstance(stack, PackedWeight) and not stack.is_simple and stack.kind in FEW_KINDS
+    """Return True for packed weights but int8 in groups, of which `few_packed` was not measured."""
+    return isinstance(stack, PackedWeight) and (stack.is_simple or stack.kind != "int8")
 
 
 def _few_packed_tokens(x_TD: Tensor, stacks: ExpertStacks, routing: tuple[Tensor, Tensor]) -> PairRows:

@@ -13,7 +13,7 @@ from mgpu.worker.kernels.products.float8_blocks import LEAST_ROWS, block_product
 from mgpu.worker.kernels.products.gemv import gemv
 from mgpu.worker.kernels.products.group_gemm import group_gemm, most_rows
 from mgpu.worker.kernels.products.group_gemv import group_gemv
-from mgpu.worker.kernels.products.group_parts import RUN_KINDS, takes
+from mgpu.worker.kernels.products.group_parts import takes
 from mgpu.worker.kernels.products.integer_gemv import integer_gemv, takes_integers
 from mgpu.worker.kernels.products.quantized_gemm import quantized_gemm
 from mgpu.worker.kernels.products.quantized_gemv import quantized_gemv
@@ -84,7 +84,7 @@ def _group_matmul(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None) -> 
 
 def takes_one_row(w: Tensor | PackedWeight) -> bool:
     """Return True for weights that `one_row_matmul` takes."""
-    return isinstance(w, Tensor) or w.is_simple or (w.kind in RUN_KINDS and takes(w))
+    return isinstance(w, Tensor) or w.is_simple or (w.kind != "int8" and takes(w))
 
 
 def one_row_matmul(
