@@ -122,6 +122,9 @@ def test_requests_finish_when_a_rank_is_lost_and_comes_back(joined: JoinedServer
     elif what == "host":
         host.process.kill()
         eventually(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+        # Another host may take the rank once its own is known to be lost.
+        lost = f"(process {host.process.pid}) is lost"
+        eventually(lambda: lost in joined.server.output(), joined.server.output)
         start_pod(joined)
     else:
         os.kill(host.process.pid, signal.SIGSTOP)
