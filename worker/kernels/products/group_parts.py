@@ -132,8 +132,15 @@ def code_floats(words, high, table_ptr, PART: tl.constexpr, KIND: tl.constexpr):
 @triton.jit
 def load_words(w_ptr, high_ptr, rows, word, words_per_row, EVEN: tl.constexpr):
     """Return words and the upper bits of their codes, [rows, words]; zeros past the end of a row."""
-    places = rows[:, None] * words_per_row + word[None, :]
-    mask = (word < words_per_row)[None, :]
+    words, high = load_places(
+        w_ptr, high_ptr, rows[:, None] * words_per_row + word[None, :], (word < words_per_row)[None, :], EVEN
+    )
+    return words, high
+
+
+@triton.jit
+def load_places(w_ptr, high_ptr, places, mask, EVEN: tl.constexpr):
+    """Return words and the upper bits of their codes; zeros outside of ``mask``. EVEN: nothing is outside."""
     if EVEN:  # noqa: SIM108 - compile-time condition
         words = tl.load(w_ptr + places)
     else:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from mgpu.worker.kernels.products.dequantize_scaled import load_scale
-from mgpu.worker.kernels.products.group_parts import code_floats, group_factors
+from mgpu.worker.kernels.products.group_parts import code_floats, group_factors, load_places
 from mgpu.worker.kernels.products.widen import FP4_SCALE, widen_fp4_to_floats, widen_to_floats
 
 
@@ -21,16 +21,7 @@ def load_row_words(w_ptr, high_ptr, rows, word, words_per_row, K, KIND: tl.const
     """
     places = rows[:, None] * words_per_row + word[None, :]
     mask = ((word // 4 * 32 if KIND >= 2 else word // 32 * 128) < K)[None, :]
-    if EVEN:  # noqa: SIM108 - compile-time condition
-        words = tl.load(w_ptr + places)
-    else:
-        words = tl.load(w_ptr + places, mask=mask, other=0)
-    high = words
-    if high_ptr is not None:
-        if EVEN:  # noqa: SIM108 - compile-time condition
-            high = tl.load(high_ptr + places)
-        else:
-            high = tl.load(high_ptr + places, mask=mask, other=0)
+    words, high = load_places(w_ptr, high_ptr, places, mask, EVEN)
     return words, high
 
 

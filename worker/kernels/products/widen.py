@@ -236,18 +236,23 @@ INT4_BIAS = tl.constexpr(136.0)
 
 
 @triton.jit
+def _eight_floats(words, ASM: tl.constexpr):
+    return tl.inline_asm_elementwise(
+        ASM,
+        "=r,=r,=r,=r,=r,=r,=r,=r,r",
+        [words],
+        dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
 def widen_to_floats(words, KIND: tl.constexpr, ASSEMBLY: tl.constexpr):
     """Return the parts of each word as float32: int8 and e4m3 as they are, int4 with `INT4_BIAS` added."""
     if KIND == 2:
         if ASSEMBLY:
-            parts = tl.inline_asm_elementwise(
-                _INT4_FLOATS_ASM,
-                "=r,=r,=r,=r,=r,=r,=r,=r,r",
-                [words],
-                dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
-                is_pure=True,
-                pack=1,
-            )
+            parts = _eight_floats(words, _INT4_FLOATS_ASM)
         else:
             parts = (
                 _nibble(words, 1.0, INT4_BIAS, 0, tl.float32),
@@ -284,14 +289,7 @@ def _e2m1(words, PART: tl.constexpr):
 def widen_fp4_to_floats(words, ASSEMBLY: tl.constexpr):
     """Return the eight parts of each word of e2m1 as float32, divided by `FP4_SCALE`."""
     if ASSEMBLY:
-        parts = tl.inline_asm_elementwise(
-            _FP4_FLOATS_ASM,
-            "=r,=r,=r,=r,=r,=r,=r,=r,r",
-            [words],
-            dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
-            is_pure=True,
-            pack=1,
-        )
+        parts = _eight_floats(words, _FP4_FLOATS_ASM)
     else:
         parts = (
             _e2m1(words, 0),
