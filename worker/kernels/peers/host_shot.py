@@ -12,13 +12,12 @@ The protocol is that of `all_reduce`. Two things differ, since the bus is slow a
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mgpu.worker.kernels.peers.all_reduce import LEAST_BLOCK, Residual, finish, load_stream, num_warps, stream_and_norm
-from mgpu.worker.kernels.peers.memory import Area, AreaShape, PeerAlarm, empty_bits
+from mgpu.worker.kernels.peers.memory import Area, PeerAlarm, empty_bits
 from mgpu.worker.kernels.peers.messages import BITS, TIMED, clean_bits, receive, send
 from mgpu.worker.kernels.runtime import launch_options, overlaps_launches, power_of_2, wait_for_inputs
 
@@ -77,18 +76,13 @@ def _host_shot_kernel(
 
 @dataclass(frozen=True, slots=True)
 class HostShot:
-    """One-shot sums of up to ``rows`` rows of ``dim``; all ranks are made with the same numbers."""
+    """As `OneShot`, in an area of the same shape."""
 
     area: Area
     alarm: PeerAlarm
     rank: int
     rows: int
     dim: int
-
-    @staticmethod
-    def shapes(ranks: int, rows: int, dim: int, dtype: torch.dtype) -> list[AreaShape]:
-        """Return the areas that it needs."""
-        return [AreaShape(dtype, ranks * rows * dim, rows)]
 
     def __call__(
         self,
