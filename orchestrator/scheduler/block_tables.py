@@ -122,7 +122,7 @@ class BlockTables:
         return True
 
     def come_into_sight(self, seq: Sequence, start: int, count: int) -> int:
-        """Give pages to the blocks of a sequence's next ``count`` tokens; return how many tokens have them."""
+        """Assign pages to the blocks of a sequence's next ``count`` tokens; return how many tokens have them."""
         if self.pages is None:
             return count
         end = -(-(start + count) // self._block_size)
@@ -133,7 +133,7 @@ class BlockTables:
         return min(count, seq.sight.stop * self._block_size - start)
 
     def leave_behind(self, seq: Sequence, start: int) -> None:
-        """Give up the pages of blocks that no token from ``start`` on sees."""
+        """Free the pages of blocks that no token from ``start`` on sees."""
         if self.pages is not None and (first := self.pages.first_block(start)) > seq.sight.start:
             self.pages.leave(seq.blocks[seq.sight.start : first], self.pool.is_known)
             seq.sight = range(first, seq.sight.stop)

@@ -28,7 +28,7 @@ _RULES = {name: GENERATE_RULES[name] for name in _USED}
 
 
 class Arrivals:
-    """Gives requests the names by which replicas know them."""
+    """The names by which replicas know requests."""
 
     def __init__(self, names_accounts: bool) -> None:
         """``names_accounts``: the replicas are told whose request it is, which a key does not allow."""
