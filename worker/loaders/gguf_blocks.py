@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from mgpu.protocol.checkpoint.files.tensors import BLOCKS, PackedParts, TensorEntry
-from mgpu.protocol.checkpoint.read import CheckpointError
-from mgpu.worker.loaders.unpack import ReadBlock, too_large
+from mgpu.worker.loaders.unpack import ReadBlock, broken, too_large
 from mgpu.worker.quantization.packing import HIGH_BITS, KIND_OF, PackedWeight, octet_words, run_words
 
 
@@ -65,7 +64,7 @@ def check_finite(entries: Sequence[TensorEntry], flags: Sequence[Tensor]) -> Non
     """Raise CheckpointError for the first tensor whose flag is set; waits for the device once."""
     for entry, is_bad in zip(entries, torch.stack(list(flags)).tolist(), strict=True):
         if is_bad:
-            raise CheckpointError(f"tensor {entry.name!r} in {entry.file} holds NaN or infinity: the file is corrupt")
+            raise broken(entry, "holds NaN or infinity")
 
 
 def _words(codes_NK: Tensor, quant: str) -> tuple[Tensor, Tensor | None]:

@@ -51,12 +51,12 @@ def unpack_rows(parts: PackedParts, read: ReadBlock, rows: range, columns: range
     stored = range(wanted.start, wanted.stop, parts.row_step)
     scales = _scales(parts, read, stored, groups)
     if not _is_finite(scales):
-        raise _broken(parts.scales, "holds NaN or infinity")
+        raise broken(parts.scales, "holds NaN or infinity")
     if not scales_fit(scales):
-        raise _broken(parts.scales, "holds scales with which weights do not fit float32")
+        raise broken(parts.scales, "holds scales with which weights do not fit float32")
     values = _values(parts, read, stored, columns)
     if values.dtype == torch.float8_e4m3fn and (values.view(torch.uint8) & 0x7F == 0x7F).any():
-        raise _broken(parts.values, "holds NaN")
+        raise broken(parts.values, "holds NaN")
     return Unpacked(values, scales, _zeros(parts, read, stored, groups))
 
 
@@ -70,17 +70,18 @@ def read_order(parts: PackedParts, read: ReadBlock, columns: range) -> Tensor | 
     order_K: Tensor = read(parts.order, range(1), columns)[0]
     groups = max(parts.scales.shape[0] if parts.packing == "gptq" else parts.scales.shape[-1], 1)
     if len(order_K) and not 0 <= int(order_K.min()) <= int(order_K.max()) < groups:
-        raise _broken(parts.order, f"names groups outside of the {groups} that there are")
+        raise broken(parts.order, f"names groups outside of the {groups} that there are")
     if parts.form.is_ordered:
         return order_K.to(torch.int32)
     group = parts.form.group
     plain_K = torch.arange(columns.start, columns.stop, device=order_K.device) // group if group else 0 * order_K
     if not torch.equal(order_K.long(), plain_K.long()):
-        raise _broken(parts.order, "puts inputs into groups out of order, but the configuration says no act-order")
+        raise broken(parts.order, "puts inputs into groups out of order, but the configuration says no act-order")
     return None
 
 
-def _broken(entry: TensorEntry, problem: str) -> CheckpointError:
+def broken(entry: TensorEntry, problem: str) -> CheckpointError:
+    """Return the error for a tensor with numbers that cannot be."""
     return CheckpointError(f"tensor {entry.name!r} in {entry.file} {problem}: the file is corrupt")
 
 
