@@ -4,26 +4,22 @@ It takes milliseconds, in which no step is planned. So it is done when most of w
 while requests come and go.
 """
 
-import ctypes
 import time
 from collections.abc import Callable
-from contextlib import suppress
+
+from mgpu.protocol.internal.process.free_memory import release_free_memory
 
 MANY = 256
 """Sequences of which fewer hold too little."""
 INTERVAL_S = 5.0
 
 
-def release() -> None:
-    """Return what is free to the system."""
-    with suppress(AttributeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 class FreeMemory:
     """The most sequences in flight since memory was released."""
 
-    def __init__(self, clock_s: Callable[[], float] = time.monotonic, release: Callable[[], None] = release) -> None:
+    def __init__(
+        self, clock_s: Callable[[], float] = time.monotonic, release: Callable[[], None] = release_free_memory
+    ) -> None:
         self._clock_s, self._release = clock_s, release
         self._most, self._next_s = 0, 0.0
 

@@ -5,15 +5,14 @@ would not help: what libzmq frees then stays with the process (408 MiB of 408, m
 own size and exits when it has grown too much; another one takes its place, and clients resume.
 """
 
-import ctypes
 import re
 import time
-from contextlib import suppress
 from pathlib import Path
 
 from mgpu.orchestrator.gateway.front.inbox import MAX_TOTAL_BYTES
 from mgpu.orchestrator.gateway.front.socket import MAX_TOTAL_BACKLOG_BYTES
 from mgpu.protocol.internal.client_limits import ClientLimits
+from mgpu.protocol.internal.process.free_memory import release_free_memory
 
 BASE_BYTES = 512 << 20
 """For running requests, the interpreter's own needs and fragments."""
@@ -52,8 +51,7 @@ class MemoryLimit:
         is_due = now_s >= self._next_release_s and self._grown_bytes() > WORTH_RELEASING_BYTES
         if is_due or self.is_tight(limits):
             self._next_release_s = now_s + RELEASE_INTERVAL_S
-            with suppress(AttributeError):  # not glibc
-                ctypes.CDLL(None).malloc_trim(0)
+            release_free_memory()
 
     def check(self, limits: ClientLimits) -> None:
         """Raise MemoryFull if the process has grown too much; call it a few times a second."""

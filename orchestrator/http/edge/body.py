@@ -1,8 +1,6 @@
 """Read the JSON object of a request: bounded in bytes and time, strict in its encoding."""
 
 import asyncio
-import contextlib
-import ctypes
 import json
 from typing import NoReturn
 
@@ -10,6 +8,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from mgpu.orchestrator.http.edge.errors import HttpError, bad_request
 from mgpu.protocol.front.fields import shown
+from mgpu.protocol.internal.process.free_memory import release_free_memory
 
 MAX_BODY_BYTES = 4 << 20
 """A request of the front channel has 1 MiB at most, and escapes make text up to three times as long in JSON."""
@@ -75,14 +74,8 @@ async def _read(request: Request) -> bytes:
         _Held.freed += len(data)
         if _Held.freed >= WORTH_RELEASING_BYTES:
             _Held.freed = 0
-            asyncio.get_running_loop().call_later(RELEASE_AFTER_S, _release)
+            asyncio.get_running_loop().call_later(RELEASE_AFTER_S, release_free_memory)
     return bytes(data)
-
-
-def _release() -> None:
-    """Return free memory to the system. The allocator would keep what bodies of thousands of connections have held."""
-    with contextlib.suppress(AttributeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _too_many() -> HttpError:
