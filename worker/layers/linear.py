@@ -20,7 +20,7 @@ from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.partial_sum import Delta, sent_product, sum_of_parts, summed_tensor
 from mgpu.worker.layers.products.choose import dense_product, matmul_float8, multiplies_float8, packed_product
 from mgpu.worker.layers.products.cpu_matmul import matmul_repacked, pack
-from mgpu.worker.layers.products.cpu_packed import CpuWeight, Held, multiply, repack
+from mgpu.worker.layers.products.cpu_packed import Held, multiply, repack
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.quantization.float8_rows import LEAST_ROWS, Float8Rows
 from mgpu.worker.quantization.packing import PackedWeight
@@ -106,8 +106,10 @@ class Linear(Module):
     def held(self) -> Tensor | PackedWeight:
         """The weight as kernels of GPUs take it, quantized or dense; the first of several formats."""
         held = self.pieces[0] if self.pieces else self.packed
-        assert not isinstance(held, CpuWeight), "kernels of GPUs read no weight that was repacked for the CPU"
-        return self.weight if held is None else held
+        if held is None:
+            return self.weight
+        assert isinstance(held, PackedWeight), "kernels of GPUs read no weight that was repacked for the CPU"
+        return held
 
     def takes_float8(self, rows: int) -> bool:
         """Return whether so many rows are multiplied in float8: the layer before may then quantize them."""
@@ -131,7 +133,7 @@ class Linear(Module):
         return torch.cat([self._multiply_held(x_TI, piece, bias) for piece, bias in pairs], dim=1)
 
     def _multiply_held(self, x_TI: Tensor, weight: Held, bias_O: Tensor | None) -> Tensor:
-        if isinstance(weight, CpuWeight):
+        if not isinstance(weight, PackedWeight):
             return multiply(x_TI, weight, bias_O)
         return self._multiply_packed(x_TI, weight, bias_O)
 

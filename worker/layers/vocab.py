@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mgpu.protocol.model.placement import TensorPart
 from mgpu.protocol.model.weight_format import DENSE, WeightFormat
+from mgpu.worker.kernels.cpu.tiles import TiledWeight, multiply, tiled
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.products.choose import dense_product, embed_kernel, packed_head_product, packed_rows
 from mgpu.worker.layers.products.cpu_matmul import pack
@@ -48,8 +49,8 @@ class VocabParallel(Module):
         self._multiply = dense_product(device)
         self._embed_rows = embed_kernel(device)
         self._form, self._shape = form, (rows, hidden_size)
-        self.packed: PackedWeight | None = None
-        """The rows as a GGUF file has them; ``weight`` is empty then."""
+        self.packed: PackedWeight | TiledWeight | None = None
+        """The rows as a GGUF file has them, repacked on some CPUs; ``weight`` is empty then."""
         is_dense = form.quant == "none"
         self.weight = torch.empty(self._shape if is_dense else (0, hidden_size), dtype=dtype, device=device)
         if not is_dense:
@@ -79,11 +80,15 @@ class VocabParallel(Module):
         """Return some of this rank's rows."""
         if self.packed is None:
             return F.embedding(rows_T, self.weight)
+        if isinstance(self.packed, TiledWeight):
+            return self.packed.rows(rows_T, self.weight.dtype)
         return self._widen(self.packed.changed(lambda tensor: tensor.index_select(0, rows_T)), self.weight.dtype)
 
     def logits(self, x_SD: Tensor) -> Tensor:
         """Return this rank's logits [S, W] in the model's dtype."""
-        if self.packed is not None:
+        if isinstance(self.packed, TiledWeight):
+            logits_SW = multiply(x_SD, self.packed)
+        elif self.packed is not None:
             logits_SW = self._multiply_packed(x_SD, self.packed, None)
         else:
             logits_SW = self._multiply(x_SD, self.weight if self.packed_head is None else self.packed_head, None)
@@ -121,7 +126,9 @@ class VocabParallel(Module):
         self.weight[self.num_valid :].zero_()
 
     def finalize_head(self, is_embedding_too: bool) -> None:
-        """Repack the loaded rows for `logits`; if `embed` needs them too, keep them beside the packed ones."""
+        """Repack the loaded rows for `logits`; if `embed` needs dense ones too, keep them beside the packed ones."""
+        if isinstance(self.packed, PackedWeight) and self.weight.dtype == torch.bfloat16 and _is_on_cpu(self.packed):
+            self.packed = tiled(self.packed) or self.packed
         if self.packed is not None or (is_embedding_too and self.weight.nbytes > _TIED_COPY_BYTES):
             return
         packed = pack(self.weight)
@@ -135,3 +142,7 @@ class VocabParallel(Module):
         """Return the memory of the rows in all layouts that they are held in."""
         held = self.weight.numel() + (0 if self.packed_head is None else self.packed_head.numel())
         return held * self.weight.dtype.itemsize + (0 if self.packed is None else self.packed.nbytes)
+
+
+def _is_on_cpu(weight: PackedWeight) -> bool:
+    return weight.words.device.type == "cpu"

@@ -1,14 +1,15 @@
-"""Products with packed weights on the CPU, by torch's own kernels for 4 and 8 bits.
+"""Products with packed weights on the CPU: by mgpu's own kernels if they can be compiled, else by torch's.
 
-They read 5 or 8 bits per weight, widen them in registers, and take activations in bfloat16. Their layouts are not those
-of `PackedWeight`, so a weight is repacked once, after loading. Two kinds can be:
+mgpu's round activations to 8 bits (`kernels/cpu/tiles.py`). torch's read 5 or 8 bits per weight, widen them in
+registers, and take activations in bfloat16. Neither have the layout of `PackedWeight`, so a weight is repacked once,
+after loading. torch's take two kinds:
 
 - 4 bits in groups of 32 to 256 inputs: codes c from 0 to 15 stand for ``(c - 8) * scale + middle``, scale and middle in
   bfloat16. The pairs of ``--quant 4`` are exactly that. Scales in float16 lose three bits: at most 0.4 % of a weight's
   distance from the middle of its group, where the rounding to 4 bits itself costs 7 %.
 - 8 bits with a scale per output.
 
-Other weights stay as they are and are dequantized for each product. The kernels are private to torch, so they are used
+Other weights stay as they are and are dequantized for each product. torch's kernels are private to it, so they are used
 only after a numeric check.
 """
 
@@ -21,6 +22,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from mgpu.worker.kernels.cpu import tiles
+from mgpu.worker.kernels.cpu.tiles import TiledWeight
 from mgpu.worker.quantization.packing import (
     PackedWeight,
     codes,
@@ -41,8 +44,8 @@ _INNER_TILES = 1
 
 
 @dataclass(frozen=True, slots=True)
-class CpuWeight:
-    """A repacked weight. ``words`` are opaque: only `multiply` can read them."""
+class TorchWeight:
+    """A weight as torch's kernels take it. ``words`` are opaque: only `multiply` can read them."""
 
     words: Tensor
     numbers: Tensor
@@ -55,13 +58,19 @@ class CpuWeight:
         return self.words.nbytes + self.numbers.nbytes
 
 
+CpuWeight = TiledWeight | TorchWeight
+"""A repacked weight."""
 Held = PackedWeight | CpuWeight
 """What a linear layer holds of a packed weight."""
 
 
 def repack(weight: PackedWeight, dtype: torch.dtype) -> Held:
-    """Return the weight for `multiply`, or as it is if torch has no kernel for it."""
-    if dtype != torch.bfloat16 or weight.words.device.type != "cpu" or len(weight.words) % _OUTPUTS:
+    """Return the weight for `multiply`, or as it is if there is no kernel for it."""
+    if dtype != torch.bfloat16 or weight.words.device.type != "cpu":
+        return weight
+    if (held := tiles.tiled(weight)) is not None:
+        return held
+    if len(weight.words) % _OUTPUTS:
         return weight
     if weight.kind == "int8" and weight.group == 0 and weight.zeros is None and weight.order is None:
         return _repack_int8(weight) if has_kernel("int8") else weight
@@ -74,19 +83,21 @@ def repack(weight: PackedWeight, dtype: torch.dtype) -> Held:
 def multiply(x_TK: Tensor, weight: CpuWeight, bias_N: Tensor | None = None) -> Tensor:
     """Return ``x @ w.T + bias``."""
     y_TN: Tensor
-    if weight.group:
+    if isinstance(weight, TiledWeight):
+        y_TN = tiles.multiply(x_TK, weight)
+    elif weight.group:
         y_TN = torch.ops.aten._weight_int4pack_mm_for_cpu(x_TK, weight.words, weight.group, weight.numbers)
     else:
         y_TN = torch.ops.aten._weight_int8pack_mm(x_TK, weight.words, weight.numbers)
     return y_TN if bias_N is None else y_TN.add_(bias_N)
 
 
-def _repack_int4(weight: PackedWeight) -> CpuWeight:
+def _repack_int4(weight: PackedWeight) -> TorchWeight:
     codes_NK = codes(weight)[:, : weight.k].to(torch.int32)
     scales_NG, middles_NG = _scales_and_middles(weight)
     words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_NK, _INNER_TILES)
     numbers_NG2 = torch.stack((scales_NG, middles_NG), dim=2).to(torch.bfloat16)
-    return CpuWeight(words, numbers_NG2.transpose(0, 1).contiguous(), weight.group)
+    return TorchWeight(words, numbers_NG2.transpose(0, 1).contiguous(), weight.group)
 
 
 def _scales_and_middles(weight: PackedWeight) -> tuple[Tensor, Tensor]:
@@ -102,8 +113,8 @@ def _scales_and_middles(weight: PackedWeight) -> tuple[Tensor, Tensor]:
     return scales_NG, torch.zeros_like(scales_NG) if weight.zeros is None else -weight.zeros.float() * scales_NG
 
 
-def _repack_int8(weight: PackedWeight) -> CpuWeight:
-    return CpuWeight(unpack(weight).to(torch.int8), weight.scales[:, 0].to(torch.bfloat16), 0)
+def _repack_int8(weight: PackedWeight) -> TorchWeight:
+    return TorchWeight(unpack(weight).to(torch.int8), weight.scales[:, 0].to(torch.bfloat16), 0)
 
 
 @cache

@@ -7,7 +7,9 @@ from torch import Tensor
 from mgpu.protocol.checkpoint.quantized.gguf import GGUF_FORMATS
 from mgpu.protocol.model.quantization import weight_format
 from mgpu.protocol.model.weight_format import WeightFormat
-from mgpu.worker.layers.products.cpu_packed import CpuWeight, has_kernel, multiply, repack
+from mgpu.worker.kernels.cpu.tiles import TiledWeight, has_kernels
+from mgpu.worker.layers.products import cpu_packed
+from mgpu.worker.layers.products.cpu_packed import TorchWeight, has_kernel, multiply, repack
 from mgpu.worker.quantization.packing import PackedWeight, dequantize
 from mgpu.worker.quantization.quantize import quantize
 from mgpu.worker.quantization.random_packed import random_packed
@@ -16,6 +18,11 @@ BF16 = torch.bfloat16
 PLAIN_ZEROS = WeightFormat("4", 128, scale_bytes=2, zero_bytes=2, source="GPTQ")
 NEEDS_INT4 = pytest.mark.skipif(not has_kernel("int4"), reason="needs torch's 4-bit product for the CPU")
 NEEDS_INT8 = pytest.mark.skipif(not has_kernel("int8"), reason="needs torch's 8-bit product for the CPU")
+
+
+@pytest.fixture(autouse=True)
+def without_own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_packed.tiles, "tiled", lambda weight: None)
 
 
 def drawn(form: WeightFormat, outputs: int = 48, inputs: int = 512) -> PackedWeight:
@@ -30,7 +37,7 @@ def quantized(quant: str, outputs: int = 48, inputs: int = 192) -> PackedWeight:
 def error(weight: PackedWeight, rows: int, bias: Tensor | None = None) -> float:
     """Return the largest error of a product of the repacked weight, as a share of the largest result."""
     held = repack(weight, BF16)
-    assert isinstance(held, CpuWeight)
+    assert isinstance(held, TorchWeight)
     x = torch.randn(rows, weight.k, generator=torch.Generator().manual_seed(3)).to(BF16)
     expected = torch.nn.functional.linear(x.float(), dequantize(weight, torch.float32), bias)
     found = multiply(x, held, None if bias is None else bias.to(BF16)).float()
@@ -52,7 +59,7 @@ def test_products_with_4_bits_are_those_of_the_file(form: WeightFormat, rows: in
 def test_int4_made_while_loading_is_repacked_without_rounding() -> None:
     weight = quantized("4")
     held = repack(weight, BF16)
-    assert isinstance(held, CpuWeight)
+    assert isinstance(held, TorchWeight)
     # A row of the unit matrix picks one weight of each output, so that nothing is added up.
     found = multiply(torch.eye(weight.k, dtype=BF16), held).T
     assert torch.equal(found, dequantize(weight, torch.float32).to(BF16))
@@ -84,6 +91,14 @@ def test_other_weights_stay_as_they_are(weight: PackedWeight) -> None:
     assert repack(weight, BF16) is weight
 
 
-def test_float32_stays_exact() -> None:
+@pytest.mark.skipif(not has_kernels(), reason="needs a C compiler")
+@pytest.mark.parametrize("quant", ["4", "8"])
+def test_own_kernels_come_first(quant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert isinstance(repack(quantized(quant), BF16), TiledWeight)
+
+
+def test_float32_stays_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
     weight = quantized("4")
     assert repack(weight, torch.float32) is weight

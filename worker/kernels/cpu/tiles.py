@@ -1,0 +1,160 @@
+"""Weights of 4 and 8 bits in the tiles that the kernels for the CPU multiply by (`products.c` says how they lie).
+
+The kernels round activations to 8 bits, 32 inputs with a step of their own, and multiply integers. Two kinds of weight
+can be held so, with groups of a multiple of 32 inputs, or one scale per output:
+
+- 4 bits: codes from 0 to 15. Scales and offsets of files are in float16 already, and kept; others are rounded to it.
+- 8 bits: codes from 0 to 255, which stand for -128 to 127.
+"""
+
+# T tokens, N outputs, K inputs, G groups of inputs, L tiles of outputs, E bytes of a group
+
+import ctypes
+import logging
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mgpu.worker.kernels.cpu.library import library
+from mgpu.worker.quantization.packing import PackedWeight, codes, dequantize, group_factors, pack_int8, unpack
+
+log = logging.getLogger(__name__)
+
+_OUTPUTS, _RUN = 16, 32
+"""Outputs of a tile; inputs that are rounded together."""
+_LARGEST_ERROR = 2.0**-9
+"""Scales that float16 holds less exactly, because they are too small or too large for it, are not rounded."""
+
+
+@dataclass(frozen=True, slots=True)
+class TiledWeight:
+    """A weight [N, K] as `multiply` takes it."""
+
+    tiles: Tensor
+    """uint8 [L, G, E]: the codes of a group, then scales and offsets."""
+    outputs: int
+    inputs: int
+    group: int
+    bits: int
+    zero: int
+    """The code that stands for the offset, or for 0."""
+    has_offsets: bool
+
+    @property
+    def nbytes(self) -> int:
+        return self.tiles.nbytes
+
+    def rows(self, rows_T: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the weights of some outputs, [T, K]."""
+        tiles_TGE, places_T = self.tiles[rows_T // _OUTPUTS], rows_T % _OUTPUTS
+        tokens, groups, _ = tiles_TGE.shape
+        each = torch.arange(tokens)
+        octets = tiles_TGE[..., : self.group * _OUTPUTS * self.bits // 8].view(tokens, groups, -1, _OUTPUTS, 4)
+        codes_TGV4 = octets[each, :, :, places_T]
+        if self.bits == 4:
+            codes_TGV4 = torch.stack((codes_TGV4 & 15, codes_TGV4 >> 4), dim=3)
+        numbers_TGP = tiles_TGE[..., self.group * _OUTPUTS * self.bits // 8 :].contiguous().view(torch.float16)
+        scales_TG1 = numbers_TGP[each, :, places_T].unsqueeze(2).float()
+        values = codes_TGV4.reshape(tokens, groups, self.group).float().sub_(self.zero).mul_(scales_TG1)
+        if self.has_offsets:
+            values.add_(numbers_TGP[each, :, _OUTPUTS + places_T].unsqueeze(2).float())
+        return values.view(tokens, self.inputs).to(dtype)
+
+
+def tiled(weight: PackedWeight) -> TiledWeight | None:
+    """Return the weight in tiles; None if the kernels cannot hold it, or there are none."""
+    group = weight.group or weight.k
+    is_grouped = group % _RUN == 0 and weight.k % group == 0 and weight.order is None
+    if weight.kind not in ("int4", "int8") or not is_grouped or not has_kernels():
+        return None
+    return _tiled(weight)
+
+
+def multiply(x_TK: Tensor, weight: TiledWeight) -> Tensor:
+    """Return ``x @ w.T``, both in bfloat16."""
+    x_TK, tokens = x_TK.contiguous(), len(x_TK)
+    y_TN = torch.empty((tokens, weight.outputs), dtype=torch.bfloat16)
+    room = torch.empty(tokens * (weight.inputs + weight.inputs // 4), dtype=torch.uint8)
+    pointers = y_TN.data_ptr(), x_TK.data_ptr(), tokens, weight.tiles.data_ptr()
+    sizes = weight.outputs, weight.inputs, weight.group, weight.bits, weight.zero, weight.has_offsets
+    _kernel()(*pointers, *sizes, room.data_ptr())
+    return y_TN
+
+
+@cache
+def has_kernels() -> bool:
+    """Try the kernels once; without a compiler, or with a wrong number, weights stay as they are."""
+    if library() is None:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 128, generator=generator).to(torch.bfloat16)
+    q = torch.randint(-128, 128, (48, 128), generator=generator)
+    weight = pack_int8(q, torch.rand(48, generator=generator))
+    expected = x.float() @ dequantize(weight, torch.float32).T
+    held = _tiled(weight)
+    assert held is not None
+    if not (multiply(x, held).float() - expected).abs().max() <= 0.02 * expected.abs().max():
+        log.warning("kernels for the CPU multiply wrongly here: torch computes instead")
+        return False
+    log.info("products of 4 and 8 bits round activations to 8 bits; --dtype float32 rounds none")
+    return True
+
+
+@cache
+def _kernel() -> "ctypes._NamedFuncPointer":
+    kernels = library()
+    assert kernels is not None, "weights are in tiles only if there are kernels"
+    function = kernels.mgpu_multiply
+    pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    function.argtypes = [pointer, pointer, long, pointer, long, long, long, integer, integer, integer, pointer]
+    function.restype = None
+    return function
+
+
+def _tiled(weight: PackedWeight) -> TiledWeight | None:
+    bits, group = (4 if weight.kind == "int4" else 8), weight.group or weight.k
+    scales_NG, offsets_NG, zero = _factors(weight)
+    numbers = [scales_NG] if offsets_NG is None else [scales_NG, offsets_NG]
+    rounded = [each.to(torch.float16) for each in numbers]
+    if any(_differ(*pair) for pair in zip(numbers, rounded, strict=True)):
+        return None
+    codes_NK = codes(weight)[:, : weight.k] if bits == 4 else (unpack(weight) + 128).to(torch.uint8)
+    parts = (_tiled_codes(codes_NK, group, bits), *map(_tiled_numbers, rounded))
+    sizes = weight.words.shape[0], weight.k, group, bits, zero
+    return TiledWeight(torch.cat(parts, dim=2), *sizes, offsets_NG is not None)
+
+
+def _factors(weight: PackedWeight) -> tuple[Tensor, Tensor | None, int]:
+    """Return float32 [N, G] each: the step between two codes of a group, and what its code ``zero`` stands for."""
+    middle = 8 if weight.kind == "int4" else 128
+    if weight.has_pairs:
+        groups = weight.k // weight.group
+        pairs_NG2 = weight.scales.view(torch.bfloat16).view(*weight.scales.shape, 2)[:, :groups].float()
+        return pairs_NG2[..., 0], pairs_NG2[..., 1], middle
+    if weight.supers is not None or weight.offsets is not None:
+        scales_NG, offsets_NG = group_factors(weight)
+        return scales_NG, offsets_NG, middle if offsets_NG is None else 0
+    scales_NG = weight.scales.float().repeat_interleave(weight.rows, 0)[: len(weight.words)]
+    return scales_NG, None if weight.zeros is None else -weight.zeros.float() * scales_NG, middle
+
+
+def _differ(numbers: Tensor, rounded: Tensor) -> bool:
+    return not bool(((rounded.float() - numbers).abs() <= _LARGEST_ERROR * numbers.abs()).all())
+
+
+def _tiled_codes(codes_NK: Tensor, group: int, bits: int) -> Tensor:
+    """Return the codes as tiles have them, uint8 [L, G, bytes]."""
+    padded_NK = F.pad(codes_NK, (0, 0, 0, -len(codes_NK) % _OUTPUTS))
+    vectors = padded_NK.view(-1, _OUTPUTS, codes_NK.shape[1] // group, group // 4, 4).permute(0, 2, 3, 1, 4)
+    if bits == 4:
+        low, high = vectors[:, :, 0::2], vectors[:, :, 1::2]
+        vectors = low | (high << 4)
+    return vectors.flatten(2)
+
+
+def _tiled_numbers(numbers_NG: Tensor) -> Tensor:
+    padded_NG = F.pad(numbers_NG, (0, 0, 0, -len(numbers_NG) % _OUTPUTS))
+    return padded_NG.view(-1, _OUTPUTS, numbers_NG.shape[1]).transpose(1, 2).contiguous().view(torch.uint8)
