@@ -9,6 +9,7 @@ import logging
 import time
 from collections import Counter
 from concurrent.futures import Future
+from dataclasses import replace
 
 from mgpu.orchestrator.gateway.front.fair_turns import FairTurns, Path
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
@@ -129,7 +130,8 @@ class Prompts:
             self._slow = {owner}
 
     def _start(self, path: Path, request: Request) -> None:
-        began_s, task = time.monotonic(), self._task_of(request)
+        began_s = time.monotonic()
+        task = replace(self._task_of(request), is_slow=path[0] in self._slow)
         self._running_of[path[0]] += 1
 
         def finish(future: "Future[TextReply]") -> None:

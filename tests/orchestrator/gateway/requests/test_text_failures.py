@@ -16,6 +16,7 @@ from mgpu.orchestrator.gateway.requests import request_handler
 from mgpu.orchestrator.gateway.requests.prompts import Prompts
 from mgpu.orchestrator.gateway.requests.request import Request
 from mgpu.orchestrator.gateway.text.processes.background import NUM_THREADS
+from mgpu.orchestrator.gateway.text.processes.encoder_messages import TextTask
 from mgpu.orchestrator.gateway.text.processes.encoder_process import EncoderFailed
 from mgpu.protocol.front.client_messages import Generate
 from mgpu.protocol.front.fields import int32_bytes
@@ -141,13 +142,14 @@ def test_the_input_of_a_request_that_was_submitted_is_not_kept() -> None:
 
 def test_an_owner_with_slow_texts_leaves_a_process_to_others() -> None:
     """On ipc each of its connections is an account, and five of them had both processes."""
-    started: list[tuple[str, Any]] = []
+    started: list[tuple[TextTask, Any]] = []
     prompts = object.__new__(Prompts)
     tasks = SimpleNamespace(run=lambda work, finish: started.append((work(), finish)))
     for name, value in (
         ("_turns", FairTurns()), ("_running_of", Counter()), ("_slow", set()), ("_num_running", 0),
         ("_background", tasks), ("_encoders", SimpleNamespace(do=lambda task: task)),
-        ("_task_of", lambda request: request), ("_has_ended", lambda request: False), ("_finish", lambda *_: None),
+        ("_task_of", lambda request: TextTask(1, prompt=request)), ("_has_ended", lambda request: False),
+        ("_finish", lambda *_: None),
     ):  # fmt: skip
         setattr(prompts, name, value)
 
@@ -164,9 +166,9 @@ def test_an_owner_with_slow_texts_leaves_a_process_to_others() -> None:
     assert len(started) == 1
     prompts._turns.put(("other", "its own"), cast("Any", "other"))
     prompts._start_next()
-    assert [name for name, _ in started][1:] == ["other"]
+    assert [task.prompt for task, _ in started][1:] == ["other"]
     finish(1.0)
-    assert [name.split()[0] for name, _ in started] == ["other", "slow"]
+    assert [(str(task.prompt)[:5], task.is_slow) for task, _ in started] == [("other", False), ("slow ", True)]
     finish(0.001)
     finish(0.001)
     assert len(started) == 2, "quick texts have all processes"
