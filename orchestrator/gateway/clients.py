@@ -49,6 +49,7 @@ class Clients:
         self,
         front: FrontSocket,
         turns: FairTurns[Received],
+        modest: Modest,
         requests: RequestHandler,
         model: ServedModel,
         prompts: Prompts,
@@ -67,7 +68,7 @@ class Clients:
         self._resumptions = resumptions
         self._outgoing = outgoing
         self._suspects = suspects
-        self._pace, self._modest = Pace(), Modest()
+        self._pace, self._modest = Pace(), modest
         self._inbox = Inbox(front, turns, self._on_client, charge=self._modest.charge)
         self._next_flush_s = 0.0
         self._lost_log, self._bug_log = BoundedLog(log, logging.INFO), BoundedLog(log, logging.ERROR)

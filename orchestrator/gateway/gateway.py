@@ -25,6 +25,7 @@ import zmq
 
 from mgpu.orchestrator.gateway.clients import Clients
 from mgpu.orchestrator.gateway.front.fair_turns import FairTurns
+from mgpu.orchestrator.gateway.front.pace import Modest
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.front.socket import FrontSocket, Received
 from mgpu.orchestrator.gateway.memory_limit import MemoryFull, MemoryLimit
@@ -87,7 +88,8 @@ class Gateway:
         self._table = RequestTable(self._quota)
         self._outgoing = Outgoing(front, link)
         self._suspects = Suspects(spec, self._outgoing)
-        self._requests = RequestHandler(self._model, self._table, self._outgoing)
+        modest = Modest()
+        self._requests = RequestHandler(self._model, self._table, self._outgoing, modest.has)
         self._encoders = EncoderProcesses(spec.model_path, spec.model_format, spec.vocab_size)
         prompts = Prompts(self._requests, background, self._encoders, spec.vocab_size)
         self._queries = Queries(
@@ -98,6 +100,7 @@ class Gateway:
         self._clients = Clients(
             front,
             turns,
+            modest,
             self._requests,
             self._model,
             prompts,

@@ -1,7 +1,8 @@
 """How much an owner may run beside others, so that nobody's streams become much slower by it.
 
 Owners are the first numbers of accounts (fair_queue.py). An owner has few sequences if those that run and those in line
-are at most `FEW`. While sequences of several owners run,
+are at most `FEW`, and none that runs came with a flood of messages: who keeps the gateway busy takes less of the steps.
+While sequences of several owners run,
 
 - an owner may decode so many tokens in a step that it takes `SLOWER` times as long as with those of the others alone
   (`room_beside`, measured in engine/step_costs.py), and at least as many as the smallest of the others. If its running
@@ -42,7 +43,7 @@ LEAST_AT_ONCE = 8
 """Tokens that an owner with many may decode in each step beside them, of what runs already; see resting.py."""
 KEPT_STEPS = 16
 """Steps for which an owner's unused room is kept."""
-FEW, SMALL_STEP, SMALL_PROMPTS = 32, 24, 32
+FEW, SMALL_STEP, SMALL_PROMPTS = 32, 32, 32
 LEAST_PART = 3
 """An owner with many may always decode this part of what the smallest of those with few decodes."""
 RECENT_STEPS = 32
@@ -73,6 +74,7 @@ class RunningShares:
         """By owner, and so are the others."""
         self._num_running: dict[int, int] = {}
         """Sequences, whatever they cost."""
+        self._num_from_floods: dict[int, int] = {}
         self._decoding: dict[int, int] = {}
         """Of that, what decodes or will, when its prompt is computed."""
         self._decoding_ids: set[int] = set()
@@ -119,6 +121,7 @@ class RunningShares:
         owner = seq.account[0]
         self._add(self._running, owner, seq.token_cost)
         self._add(self._num_running, owner, 1)
+        self._add(self._num_from_floods, owner, int(seq.is_from_flood))
         if seq.max_len > len(seq.tokens) + 1:
             self._decoding_ids.add(seq.sequence_id)
             self._add(self._decoding, owner, seq.token_cost)
@@ -158,6 +161,7 @@ class RunningShares:
         owner = seq.account[0]
         self._add(self._running, owner, -seq.token_cost)
         self._add(self._num_running, owner, -1)
+        self._add(self._num_from_floods, owner, -int(seq.is_from_flood))
         self.extra_cost -= seq.token_cost - 1
         if seq.sequence_id in self._stream_ids:
             self._stream_ids.discard(seq.sequence_id)
@@ -243,7 +247,7 @@ class RunningShares:
         return self._kept.get(owner, KEPT_STEPS * self._prompt_room_of(owner))
 
     def _has_few(self, owner: int) -> bool:
-        return self._num_running.get(owner, 0) + self.num_waiting(owner) <= FEW
+        return owner not in self._num_from_floods and self._num_running.get(owner, 0) + self.num_waiting(owner) <= FEW
 
     def _prompt_room_of(self, owner: int) -> int:
         if self._has_few(owner):

@@ -127,6 +127,8 @@ class Submit:
     """For each part of the path, its share while others wait too."""
     num_emitted: int = 0
     """How many of the last ``token_ids`` are no prompt but the beginning of the answer, emitted by another server."""
+    is_from_flood: bool = False
+    """True if its owner's messages take more than a small part of the gateway's time."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,14 @@ import pytest
 from harness.scheduler_driver import Harness, prompt_of
 from harness.servers.fake_model import FakeModel, solo_tokens
 from mgpu.orchestrator.scheduler.limits import Limits
-from mgpu.orchestrator.scheduler.running_shares import BESIDE_FEW, FEW, KEPT_STEPS, LEAST_PART, RECENT_STEPS
+from mgpu.orchestrator.scheduler.running_shares import (
+    BESIDE_FEW,
+    FEW,
+    KEPT_STEPS,
+    LEAST_AT_ONCE,
+    LEAST_PART,
+    RECENT_STEPS,
+)
 from mgpu.orchestrator.scheduler.scheduler import Scheduler
 from mgpu.orchestrator.scheduler.sequence import token_cost_of
 from mgpu.protocol.internal.gateway_messages import Submit
@@ -32,12 +39,21 @@ class Server:
         self.rows: dict[int, int] = {}
         self.ended: list[int] = []
 
-    def submit(self, owner: int, prompt: int = 4, max_tokens: int = 400, sampling: RowSampling | None = None) -> int:
+    def submit(
+        self,
+        owner: int,
+        prompt: int = 4,
+        max_tokens: int = 400,
+        sampling: RowSampling | None = None,
+        is_from_flood: bool = False,
+    ) -> int:
         number = len(self.owner_of)
         self.owner_of[number] = owner
         ids = array("i", [number % 50 + 1, *random.Random(number).choices(range(1, 90), k=prompt - 1)]).tobytes()
         row = sampling or RowSampling()
-        self.scheduler.submit(Submit(number, ids, max_tokens, [], row, b"", 0, [owner, number], [1.0, 1.0]))
+        self.scheduler.submit(
+            Submit(number, ids, max_tokens, [], row, b"", 0, [owner, number], [1.0, 1.0], 0, is_from_flood)
+        )
         return number
 
     def step(self) -> dict[int, int]:
@@ -152,19 +168,34 @@ def test_a_long_line_fills_no_half_of_a_step_beside_an_owner_with_few() -> None:
     assert server.running(HONEST) == 16, "long lines do not hold back those with few"
 
 
+@pytest.mark.parametrize("first", [HONEST, OTHER])
+def test_who_floods_the_gateway_has_no_equal_share_of_the_steps(first: int) -> None:
+    """Twenty requests of a flood had half of each step, and the streams beside them waited for each other."""
+    server = Server(room=1)
+    for owner in (first, HONEST + OTHER - first):
+        for _ in range(20):
+            server.submit(owner, is_from_flood=owner == OTHER)
+        server.step()
+    for _ in range(20):
+        server.step()
+    last = server.step()
+    assert last[HONEST] == server.running(HONEST) == 20
+    assert last[OTHER] <= LEAST_AT_ONCE
+
+
 def test_an_owner_alone_has_no_bound_and_others_find_none_when_it_has_gone() -> None:
     server = Server(room=2)
     numbers = [server.submit(HONEST, prompt=100) for _ in range(5)]
     assert server.step() == {HONEST: 500}
-    for _ in range(20):
+    for _ in range(30):
         server.submit(OTHER, prompt=25)
     server.step()
-    assert server.running(OTHER) < 20
+    assert server.running(OTHER) < 30
     for number in numbers:
         server.scheduler.cancel(number, "cancelled")
     for _ in range(RECENT_STEPS + 2):
         server.step()
-    assert server.running(OTHER) == 20
+    assert server.running(OTHER) == 30
 
 
 def test_an_owner_between_two_requests_is_not_forgotten() -> None:
