@@ -93,6 +93,12 @@ class Workspace:
         partials = torch.empty(num_floats, dtype=torch.float32, device=device)
         return Workspace(partials, torch.zeros(num_counters, dtype=torch.int32, device=device))
 
+    def most_splits(self, splits: int, tiles: int, tile_floats: int) -> int:
+        """Return into how many parts so many tiles may be split, at most ``splits``: one needs no scratch."""
+        if tiles > self.counters.numel():
+            return 1
+        return max(1, min(splits, self.partials.numel() // (tiles * tile_floats)))
+
     def require(self, num_floats: int, num_counters: int) -> None:
         """Raise ValueError with the numbers when the scratch is too small."""
         if num_floats > self.partials.numel() or num_counters > self.counters.numel():
@@ -106,6 +112,17 @@ class Workspace:
 def default_workspace(device: torch.device) -> Workspace:
     """Return the scratch that callers on ``device`` share when they pass none."""
     return Workspace.create(device)
+
+
+def workspace_for(device: torch.device, num_floats: int, num_counters: int) -> Workspace:
+    """Return the default scratch, or a temporary one if that is too small and the work cannot be cut otherwise.
+
+    A temporary one has counters of its own, which a CUDA graph sets to zero each time that it is replayed.
+    """
+    shared = default_workspace(device)
+    if num_floats <= shared.partials.numel() and num_counters <= shared.counters.numel():
+        return shared
+    return Workspace.create(device, num_floats, num_counters)
 
 
 def ceil_div(a: int, b: int) -> int:

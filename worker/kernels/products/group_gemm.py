@@ -178,16 +178,15 @@ def group_gemm(
     row_tiles = ceil_div(rows, block_m)
     tiles = ceil_div(n, tiling.block_n) * row_tiles
     workspace = workspace or default_workspace(x_MK.device)
-    if tiling.splits > 1:
-        workspace.require(tiles * tiling.splits * tiling.block_n * block_m, tiles)
+    splits = workspace.most_splits(tiling.splits, tiles, tiling.block_n * block_m)
     if weight.kind in RUN_KINDS:
         x_MK = arrange_rows(x_MK, blocks * 256)
     given = group_arguments(weight)
-    _group_gemm_kernel[(tiles, tiling.splits)](
+    _group_gemm_kernel[(tiles, splits)](
         x_MK, weight.words, *given.tensors, bias_N, out_MN, workspace.partials, workspace.counters,
-        rows, n, k, words_per_row, *given.sizes, ceil_div(blocks, tiling.splits), row_tiles,
+        rows, n, k, words_per_row, *given.sizes, ceil_div(blocks, splits), row_tiles,
         x_MK.stride(0), out_MN.stride(0),
-        *given.constants, tiling.splits, block_m, tiling.block_n,
+        *given.constants, splits, block_m, tiling.block_n,
         words_per_row % WORDS == 0, k == words_per_row * 4,
         overlaps_launches(x_MK.device), not INTERPRETED,
         **launch_options(x_MK.device, tiling.num_warps, tiling.num_stages),

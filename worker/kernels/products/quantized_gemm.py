@@ -186,19 +186,17 @@ def quantized_gemm(
     tiling = tiling or choose_tiling(weight.kind, rows, n, x_MK.dtype, shared_bytes(x_MK.device))
     out_MN = torch.empty(rows, n, dtype=x_MK.dtype, device=x_MK.device)
     block_m = tiling.block_m(rows)
-    blocks_per_split = ceil_div(blocks, tiling.splits)
     row_tiles = ceil_div(rows, block_m)
     is_int4 = weight.kind == "int4"
     if is_int4:
         x_MK = arrange_rows(x_MK, words_per_row * 8)
     tiles = ceil_div(n, tiling.block_n) * row_tiles
     workspace = workspace or default_workspace(x_MK.device)
-    if tiling.splits > 1:
-        workspace.require(tiles * tiling.splits * tiling.block_n * block_m, tiles)
-    _quantized_gemm_kernel[(tiles, tiling.splits)](
+    splits = workspace.most_splits(tiling.splits, tiles, tiling.block_n * block_m)
+    _quantized_gemm_kernel[(tiles, splits)](
         x_MK, weight.words, weight.scales, bias_N, out_MN, workspace.partials, workspace.counters,
-        rows, n, k, words_per_row, blocks_per_split, row_tiles, x_MK.stride(0), out_MN.stride(0),
-        KINDS[weight.kind], weight.group, tiling.splits, block_m, tiling.block_n,
+        rows, n, k, words_per_row, ceil_div(blocks, splits), row_tiles, x_MK.stride(0), out_MN.stride(0),
+        KINDS[weight.kind], weight.group, splits, block_m, tiling.block_n,
         is_int4 or k == words_per_row * 4, overlaps_launches(x_MK.device), not INTERPRETED,
         **launch_options(x_MK.device, tiling.num_warps, tiling.num_stages),
     )  # fmt: skip

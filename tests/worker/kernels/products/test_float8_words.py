@@ -11,11 +11,12 @@ from mgpu.protocol.model.weight_format import WeightFormat
 from mgpu.worker.kernels.layers.float8_codes import quantize_spans
 from mgpu.worker.kernels.products import choose
 from mgpu.worker.kernels.products.warpgroup import codes, float8_gemm, float8_trial, trial
-from mgpu.worker.kernels.runtime import LAUNCH_MODE
+from mgpu.worker.kernels.runtime import LAUNCH_MODE, default_workspace, workspace_for
 from mgpu.worker.quantization.float8_rows import round_rows
 from mgpu.worker.quantization.packing import PackedWeight, dequantize, pack_int4
 from mgpu.worker.quantization.random_packed import random_packed
 
+CPU = torch.device("cpu")
 FORMS = {
     "pairs": None,
     "GPTQ": WeightFormat("4", 128, 1, 2, 1, source="GPTQ"),
@@ -133,3 +134,14 @@ def test_a_device_that_fails_the_trial_stays_weight_only(monkeypatch: pytest.Mon
     assert float8_trial.float8_words_product(device) is not None
     monkeypatch.setattr(float8_trial, "words_product", lambda device: None)
     assert float8_trial.float8_words_product(device) is None
+
+
+def test_a_deep_and_wide_product_has_scratch_of_its_own() -> None:
+    """Of 512 rows, `down` of a Qwen3-32B in groups of 32 must be split, into more than the shared scratch holds."""
+    tiling, shared = float8_gemm.choose_tiling(512, 5120, 25600, 32), default_workspace(CPU)
+    needed = (5120 // 128) * 4 * tiling.splits * 128 * 128
+    assert needed > shared.partials.numel()
+    own = workspace_for(CPU, needed, 160)
+    assert own.partials.numel() == needed
+    assert own.counters.tolist() == [0] * 160
+    assert workspace_for(CPU, 1000, 10) is shared

@@ -14,6 +14,7 @@ from mgpu.worker.kernels.products.gemv import GemvTiling, gemv
 from mgpu.worker.kernels.products.quantized_gemm import Tiling, quantized_gemm
 from mgpu.worker.kernels.products.quantized_gemv import QuantizedGemvTiling, quantized_gemv
 from mgpu.worker.kernels.reference import gated_activation
+from mgpu.worker.kernels.runtime import Workspace
 from mgpu.worker.layers.products.choose import quantized_matmul as plain_quantized_matmul
 from mgpu.worker.quantization.packing import PackedWeight, dequantize, pack_fp8, pack_int4, pack_int8
 from mgpu.worker.quantization.quantize import quantize
@@ -28,6 +29,18 @@ def test_split_products_are_repeatable(device: torch.device) -> None:
     x = draw(3, 1024, device=device)
     first, second = (quantized_gemm(x, weight, tiling=Tiling(64, 4)) for _ in range(2))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    "scratch", [(3 * 64 * 16, 4), (1, 4), (1 << 16, 0)], ids=["three parts", "none", "no counters"]
+)
+def test_a_product_is_split_into_no_more_parts_than_the_scratch_holds(
+    device: torch.device, scratch: tuple[int, int]
+) -> None:
+    weight, values = random_weight("int8", 64, 1024, device)
+    x, workspace = draw(3, 1024, device=device), Workspace.create(device, *scratch)
+    got = quantized_gemm(x, weight, tiling=Tiling(64, 4), workspace=workspace)
+    assert relative_error(got, F.linear(x, values)) < tolerance(torch.float32)
 
 
 def test_more_rows_than_a_kernel_takes_are_refused(device: torch.device) -> None:

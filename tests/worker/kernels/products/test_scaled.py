@@ -14,6 +14,8 @@ pytest.importorskip("triton")
 
 from mgpu.worker.kernels.products.choose import quantized_matmul
 from mgpu.worker.kernels.products.dequantize import dequantize_packed
+from mgpu.worker.kernels.products.group_gemm import choose_tiling, group_gemm
+from mgpu.worker.kernels.runtime import Workspace
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = {
@@ -69,3 +71,12 @@ def test_products_equal_those_of_the_dequantized_weight(name: str) -> None:
         expected = x @ dense.T + 1
         found = quantized_matmul(x, weight, torch.ones(32, device=DEVICE))
         assert float((found - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_outputs_of_a_large_vocabulary_need_no_more_scratch_than_there_is() -> None:
+    weight = make(GGUF_FORMATS["Q6_K"], (64,), 512)
+    x, scratch = torch.randn(5, 512, device=DEVICE), Workspace.create(torch.device(DEVICE), 2 * 64 * 16, 1)
+    assert choose_tiling(weight, 5).splits > 2, "of the tile that needs it all"
+    expected = x @ dequantize(weight, torch.float32).T
+    found = group_gemm(x, weight, workspace=scratch)
+    assert float((found - expected).norm() / expected.norm()) < 1e-5

@@ -41,7 +41,7 @@ from mgpu.worker.kernels.products.warpgroup.codes import (
 )
 from mgpu.worker.kernels.products.warpgroup.gemm import _add_splits
 from mgpu.worker.kernels.products.warpgroup.widen import GROUPS, PAIRS
-from mgpu.worker.kernels.runtime import Workspace, ceil_div, default_workspace, launch_options, overlaps_launches
+from mgpu.worker.kernels.runtime import Workspace, ceil_div, launch_options, overlaps_launches, workspace_for
 from mgpu.worker.quantization.packing import PackedWeight
 
 BLOCK_M = 128
@@ -266,9 +266,9 @@ def float8_words_gemm(
     out_MN = torch.empty(count, n, dtype=torch.bfloat16, device=rows.values.device)
     row_tiles = ceil_div(count, BLOCK_M)
     tiles = ceil_div(n, tiling.block_n) * row_tiles
-    workspace = workspace or default_workspace(out_MN.device)
-    if tiling.splits > 1:
-        workspace.require(tiles * tiling.splits * tiling.block_n * BLOCK_M, tiles)
+    if workspace is None:
+        held = tiles if tiling.splits > 1 else 0
+        workspace = workspace_for(out_MN.device, held * tiling.splits * tiling.block_n * BLOCK_M, held)
     group = weight.group or weight.k
     x_tiles = TensorDescriptor.from_tensor(rows.values, [BLOCK_M, STEP], X_TILES)
     _float8_words_kernel[(tiles, tiling.splits)](

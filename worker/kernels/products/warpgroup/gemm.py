@@ -217,13 +217,12 @@ def warpgroup_gemm(
     row_tiles = ceil_div(rows, tiling.block_m)
     tiles = ceil_div(n, tiling.block_n) * row_tiles
     workspace = workspace or default_workspace(x_MK.device)
-    if tiling.splits > 1:
-        workspace.require(tiles * tiling.splits * tiling.block_n * tiling.block_m, tiles)
-    _warpgroup_gemm_kernel[(tiles, tiling.splits)](
+    splits = workspace.most_splits(tiling.splits, tiles, tiling.block_n * tiling.block_m)
+    _warpgroup_gemm_kernel[(tiles, splits)](
         x_MK, weight.words, weight.scales, weight.zeros, bias_N, out_MN, workspace.partials, workspace.counters,
-        rows, n, weight.scales.shape[1], blocks, ceil_div(blocks, tiling.splits), row_tiles,
+        rows, n, weight.scales.shape[1], blocks, ceil_div(blocks, splits), row_tiles,
         x_MK.stride(0), out_MN.stride(0),
-        (PAIRS if weight.has_pairs else GROUPS).value, weight.group, tiling.splits, tiling.block_m, tiling.block_n,
+        (PAIRS if weight.has_pairs else GROUPS).value, weight.group, splits, tiling.block_m, tiling.block_n,
         tiling.stages, tiling.quarters, is_arranged, *word_layouts(tiling.block_n, tiling.num_warps),
         overlaps_launches(x_MK.device), **launch_options(x_MK.device, tiling.num_warps, 1),
     )  # fmt: skip
