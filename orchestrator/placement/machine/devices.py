@@ -14,6 +14,7 @@ from mgpu.orchestrator.placement.machine.control_groups import memory_within_lim
 from mgpu.orchestrator.placement.machine.cpu_features import cpu_flags
 from mgpu.orchestrator.placement.machine.numa import numa_node
 from mgpu.orchestrator.placement.machine.nvml import Gpu, Link, Nvml, NvmlSession
+from mgpu.protocol.model.c_compiler import c_compiler
 from mgpu.protocol.model.shared_memory_layout import orders_stores
 
 DeviceChoice = Literal["auto", "cuda", "cpu"]
@@ -69,6 +70,8 @@ class Machine:
     """The host of each device, if they are of hosts that have joined; empty: all are of this machine."""
     cpu_flags: frozenset[str] = frozenset()
     """What the processor can do, if workers run on it; none of a described machine."""
+    has_compiler: bool = False
+    """True if workers can compile their kernels for the CPU."""
 
     @property
     def kind(self) -> Literal["cpu", "cuda"]:
@@ -267,7 +270,13 @@ def cpu_machine(workers: int, notes: tuple[str, ...] = ()) -> Machine:
         for ordinal in range(workers)
     )
     return Machine(
-        devices, uniform_links(workers, "none"), "NCCL needs GPUs", orders_stores(), notes, cpu_flags=cpu_flags()
+        devices,
+        uniform_links(workers, "none"),
+        "NCCL needs GPUs",
+        orders_stores(),
+        notes,
+        cpu_flags=cpu_flags(),
+        has_compiler=c_compiler() is not None,
     )
 
 

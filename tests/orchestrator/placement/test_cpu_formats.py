@@ -13,7 +13,7 @@ from mgpu.protocol.checkpoint.quantized.gguf import GGUF_FORMATS
 from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.weight_format import DENSE, LayerFormats, uniform
 
-Q4_K, Q6_K, Q4_1 = GGUF_FORMATS["Q4_K"], GGUF_FORMATS["Q6_K"], GGUF_FORMATS["Q4_1"]
+Q4_K, Q6_K, Q4_1, Q8_0 = (GGUF_FORMATS[name] for name in ("Q4_K", "Q6_K", "Q4_1", "Q8_0"))
 NEW = frozenset({"avx2", "avx512f", "avx512_bf16"})
 OLD = frozenset({"avx2"})
 
@@ -46,6 +46,19 @@ def test_matrices_of_4_bits_stay_packed_and_others_are_widened() -> None:
     assert made.facts.formats[0] == LayerFormats(out=Q4_K, gate_up=Q4_1)
     parts = LayerFormats(qkv_parts=(Q4_K, Q4_K, Q4_1))
     assert plan(with_formats(parts), machine(NEW), LayoutOptions()).facts.formats[0] != LayerFormats()
+
+
+def test_where_workers_compile_their_kernels_8_bits_stay_packed_too_and_so_do_embedding_and_head() -> None:
+    facts = replace(with_formats(LayerFormats(Q8_0, Q4_1, Q8_0, Q6_K)), embedding_format=Q8_0, head_format=Q8_0)
+    new = replace(machine(NEW), has_compiler=True)
+    made = plan(facts, new, LayoutOptions()).facts
+    assert (made.embedding_format, made.head_format) == (Q8_0, Q8_0)
+    assert made.formats[0] == LayerFormats(Q8_0, Q4_1, Q8_0)
+    six_bits = replace(facts, embedding_format=Q6_K, head_format=Q6_K)
+    for other in (plan(six_bits, new, LayoutOptions()), plan(facts, new, LayoutOptions(dtype="float32"))):
+        assert (other.facts.embedding_format, other.facts.head_format) == (DENSE, DENSE)
+    without = plan(facts, machine(NEW), LayoutOptions()).facts
+    assert (without.embedding_format, without.formats[0]) == (DENSE, LayerFormats(out=Q4_1))
 
 
 @pytest.mark.parametrize(

@@ -11,17 +11,17 @@ import hashlib
 import logging
 import os
 import platform
-import shutil
 import stat
 import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
 
+from mgpu.protocol.model.c_compiler import c_compiler
+
 log = logging.getLogger(__name__)
 
 SOURCES = ("products.c",)
-_COMPILERS = ("gcc", "cc")
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math",
           "-Wno-psabi")  # fmt: skip
 _COMPILE_S = 60.0
@@ -31,11 +31,11 @@ _COMPILE_S = 60.0
 @cache
 def library() -> ctypes.CDLL | None:
     """Return the kernels; None if there is no compiler here, or what it makes cannot be loaded."""
-    if os.environ.get("MGPU_KERNELS", "1") == "0":
-        return None
-    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    compiler = c_compiler()
     if compiler is None:
-        log.info("no C compiler here: torch computes instead of mgpu's kernels for the CPU, which are faster")
+        log.info(
+            "no C compiler, or MGPU_KERNELS=0: torch multiplies packed weights on the CPU, at a third of the speed"
+        )
         return None
     try:
         return _load(compiler, cache_folder())

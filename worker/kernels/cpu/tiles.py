@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 _OUTPUTS, _RUN = 16, 32
 """Outputs of a tile; inputs that are rounded together."""
+_AT_ONCE = 1 << 22
+"""Weights that are repacked together: what that takes meanwhile is many times a tile."""
 _LARGEST_ERROR = 2.0**-9
 """Scales that float16 holds less exactly, because they are too small or too large for it, are not rounded."""
 
@@ -115,30 +117,47 @@ def _kernel() -> "ctypes._NamedFuncPointer":
 
 
 def _tiled(weight: PackedWeight) -> TiledWeight | None:
-    bits, group = (4 if weight.kind == "int4" else 8), weight.group or weight.k
-    scales_NG, offsets_NG, zero = _factors(weight)
+    bits, group, outputs = (4 if weight.kind == "int4" else 8), weight.group or weight.k, len(weight.words)
+    zero, num_numbers = _factors(weight.outputs(0, weight.rows))[2:]
+    octets = group * _OUTPUTS * bits // 8 + 2 * _OUTPUTS * num_numbers
+    tiles_LGE = torch.empty((-(-outputs // _OUTPUTS), weight.k // group, octets), dtype=torch.uint8)
+    step = max(1, _AT_ONCE // (weight.k * _OUTPUTS * weight.rows)) * _OUTPUTS * weight.rows
+    for first in range(0, outputs, step):
+        part = _tile_part(weight.outputs(first, min(outputs, first + step)), group, bits)
+        if part is None:
+            return None
+        tiles_LGE[first // _OUTPUTS : first // _OUTPUTS + len(part)] = part
+    return TiledWeight(tiles_LGE, outputs, weight.k, group, bits, zero, num_numbers == 2)
+
+
+def _tile_part(weight: PackedWeight, group: int, bits: int) -> Tensor | None:
+    """Return the tiles of some outputs; None if float16 cannot hold their scales."""
+    scales_NG, offsets_NG, _, _ = _factors(weight)
     numbers = [scales_NG] if offsets_NG is None else [scales_NG, offsets_NG]
     rounded = [each.to(torch.float16) for each in numbers]
     if any(_differ(*pair) for pair in zip(numbers, rounded, strict=True)):
         return None
     codes_NK = codes(weight)[:, : weight.k] if bits == 4 else (unpack(weight) + 128).to(torch.uint8)
-    parts = (_tiled_codes(codes_NK, group, bits), *map(_tiled_numbers, rounded))
-    sizes = weight.words.shape[0], weight.k, group, bits, zero
-    return TiledWeight(torch.cat(parts, dim=2), *sizes, offsets_NG is not None)
+    return torch.cat((_tiled_codes(codes_NK, group, bits), *map(_tiled_numbers, rounded)), dim=2)
 
 
-def _factors(weight: PackedWeight) -> tuple[Tensor, Tensor | None, int]:
-    """Return float32 [N, G] each: the step between two codes of a group, and what its code ``zero`` stands for."""
+def _factors(weight: PackedWeight) -> tuple[Tensor, Tensor | None, int, int]:
+    """Return float32 [N, G] each: the step between two codes of a group, and what its code ``zero`` stands for.
+
+    Then that code, and how many of the two there are.
+    """
     middle = 8 if weight.kind == "int4" else 128
     if weight.has_pairs:
         groups = weight.k // weight.group
         pairs_NG2 = weight.scales.view(torch.bfloat16).view(*weight.scales.shape, 2)[:, :groups].float()
-        return pairs_NG2[..., 0], pairs_NG2[..., 1], middle
+        return pairs_NG2[..., 0], pairs_NG2[..., 1], middle, 2
     if weight.supers is not None or weight.offsets is not None:
         scales_NG, offsets_NG = group_factors(weight)
-        return scales_NG, offsets_NG, middle if offsets_NG is None else 0
+        return scales_NG, offsets_NG, *((middle, 1) if offsets_NG is None else (0, 2))
     scales_NG = weight.scales.float().repeat_interleave(weight.rows, 0)[: len(weight.words)]
-    return scales_NG, None if weight.zeros is None else -weight.zeros.float() * scales_NG, middle
+    if weight.zeros is None:
+        return scales_NG, None, middle, 1
+    return scales_NG, -weight.zeros.float() * scales_NG, middle, 2
 
 
 def _differ(numbers: Tensor, rounded: Tensor) -> bool:

@@ -6,6 +6,7 @@ import torch
 from mgpu.protocol.checkpoint.quantized.gguf import GGUF_FORMATS
 from mgpu.protocol.model.quantization import weight_format
 from mgpu.protocol.model.weight_format import WeightFormat
+from mgpu.worker.kernels.cpu import tiles
 from mgpu.worker.kernels.cpu.tiles import TiledWeight, has_kernels, multiply, tiled
 from mgpu.worker.quantization.packing import PackedWeight, dequantize, pack_int4
 from mgpu.worker.quantization.quantize import quantize
@@ -127,3 +128,10 @@ def test_scales_outside_of_float16_are_not_rounded(size: float) -> None:
 )
 def test_other_weights_are_not_held_in_tiles(weight: PackedWeight) -> None:
     assert tiled(weight) is None
+
+
+def test_a_weight_is_repacked_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = drawn(FORMS["Q4_K"], outputs=85)
+    whole = held(weight)
+    monkeypatch.setattr(tiles, "_AT_ONCE", 20 * weight.k)
+    assert torch.equal(held(weight).tiles, whole.tiles)
