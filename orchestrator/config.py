@@ -162,9 +162,9 @@ class ServerConfig:
         """Size of the memory that all ranks map; 0 when the transports need none."""
         layout = self.layout
         is_shared = bool({layout.transport, layout.stage_transport} & _SHARED)
-        # Stages on GPUs meet here to let kernels pass activations on, whatever their transport is.
-        can_relay = self.device_kind == "cuda" and layout.placement.num_stages > 1 and orders_stores()
-        if layout.placement.world_size == 1 or not (is_shared or can_relay):
+        # Kernels pass activations on through it, and add up where GPUs do not reach each other, beside any transport.
+        has_kernels = self.device_kind == "cuda" and orders_stores()
+        if layout.placement.world_size == 1 or not (is_shared or has_kernels):
             return 0
         return shared_layout(layout, self.limits, self.facts.hidden_size).total_bytes
 
