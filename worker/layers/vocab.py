@@ -54,7 +54,7 @@ class VocabParallel(Module):
         is_dense = form.quant == "none"
         self.weight = torch.empty(self._shape if is_dense else (0, hidden_size), dtype=dtype, device=device)
         if not is_dense:
-            self._widen, self._multiply_packed = packed_rows(device), packed_head_product(device)
+            self._widen, self._multiply_packed = packed_rows(device), packed_head_product(device, form)
 
     @property
     def is_packed(self) -> bool:

@@ -153,6 +153,7 @@ WARPGROUPS: tuple[Case, ...] = (
     (multiply_words, (WeightFormat("4", 32), 1, 128)),
     (multiply_words, (WeightFormat("4", 128, 1, 2, 1, False, "groups"), 64, 128)),
     (multiply_float8_words, (WeightFormat("4", 32, 1, 2, 1, False, "groups"), 300)),
+    *((multiply_words, (GGUF_FORMATS[name], 8, 128)) for name in ("Q6_K", "Q2_K", "IQ4_XS")),
 )
 
 

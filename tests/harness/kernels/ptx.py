@@ -32,6 +32,12 @@ def _result(name: str, given: list[int]) -> int:
         return given[0] | given[1]
     if name == "shr.u32":
         return given[0] >> given[1]
+    if name == "lop3.b32":
+        *bits, table = given
+        index = [sum((each >> place & 1) << 2 - at for at, each in enumerate(bits)) for place in range(32)]
+        return sum((table >> index[place] & 1) << place for place in range(32))
+    if name == "shl.b32":
+        return given[0] << given[1] & 0xFFFFFFFF
     if name == "mad.lo.s32":
         return (given[0] * given[1] + given[2]) & 0xFFFFFFFF
     if name in ("dp4a.u32.u32", "dp4a.u32.s32"):

@@ -17,13 +17,15 @@ from mgpu.worker.kernels.products.group_parts import takes
 from mgpu.worker.kernels.products.integer_gemv import integer_gemv, takes_integers
 from mgpu.worker.kernels.products.quantized_gemm import quantized_gemm
 from mgpu.worker.kernels.products.quantized_gemv import quantized_gemv
-from mgpu.worker.kernels.products.warpgroup import float8_trial
+from mgpu.worker.kernels.products.warpgroup import blocks_trial, float8_trial
 from mgpu.worker.kernels.products.warpgroup.trial import WordsProduct, span_of, takes_words, words_product
 from mgpu.worker.quantization.float8_rows import BLOCK
 from mgpu.worker.quantization.packing import PackedWeight
 
 WORDS_ROWS = 256
 """Rows up to which products by warpgroups are faster than dequantizing once and a library product."""
+BLOCKS_ROWS = 128
+"""The same for words of GGUF with offsets, scales of scales or other codes, but for wide matrices of four bits."""
 GEMM_ROWS = {"int8": 256, "fp8": 256, "int4": 64}
 """Rows up to which `quantized_gemm` is faster than dequantizing once and a library product."""
 
@@ -35,6 +37,8 @@ def try_products(device: torch.device, form: WeightFormat) -> None:
     if form.quant == "4":
         words_product(device)
         float8_trial.float8_words_product(device)
+    if name := blocks_trial.type_in(form):
+        blocks_trial.blocks_product(device, name)
 
 
 def matmul(x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -47,7 +51,7 @@ def matmul(x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
 def quantized_matmul(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None = None) -> Tensor:
     """Multiply by the dequantized weight's transpose; many rows dequantize it once, into temporary memory."""
     rows = x_TI.shape[0]
-    if rows > 1 and takes_words(weight, x_TI.dtype) and (product := _words_product(rows, weight)):
+    if rows > 1 and (product := _warpgroup_product(rows, weight, x_TI.dtype)):
         return product(x_TI, weight, bias_O)
     if rows == 1 and takes_integers(weight, x_TI.dtype):
         return integer_gemv(x_TI, weight, bias_N=bias_O)
@@ -58,6 +62,21 @@ def quantized_matmul(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None =
     if rows <= GEMM_ROWS[weight.kind]:
         return quantized_gemm(x_TI, weight, bias_N=bias_O)
     return F.linear(x_TI, dequantize_packed(weight, x_TI.dtype), bias_O)
+
+
+def _warpgroup_product(rows: int, weight: PackedWeight, dtype: torch.dtype) -> WordsProduct | None:
+    if takes_words(weight, dtype):
+        return _words_product(rows, weight)
+    name = blocks_trial.type_of(weight, dtype)
+    return _blocks_product(rows, weight, name) if name else None
+
+
+def _blocks_product(rows: int, weight: PackedWeight, name: str) -> WordsProduct | None:
+    """Return the product of so many rows with words of a type of GGUF, if it is one by warpgroups."""
+    is_short_and_wide = weight.kind == "int4" and len(weight.words) > 8192
+    if rows > (WORDS_ROWS if is_short_and_wide else BLOCKS_ROWS):
+        return None
+    return blocks_trial.blocks_product(weight.words.device, name)
 
 
 def _words_product(rows: int, weight: PackedWeight) -> WordsProduct | None:

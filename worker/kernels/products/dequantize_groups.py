@@ -8,32 +8,33 @@ from torch import Tensor
 
 from mgpu.worker.kernels.products.group_parts import group_arguments, load_words, words_to_weights
 from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, wait_for_inputs
-from mgpu.worker.quantization.packing import PackedWeight
+from mgpu.worker.quantization.packing import WORDS, PackedWeight
 
-ROWS, WORDS_PER_STEP = 32, 32
-"""Outputs and words per program."""
+ROWS = 16
+"""Outputs per program."""
 
 
 @triton.jit
 def _dequantize_groups_kernel(
     w_ptr, scale_ptr, zero_ptr, offset_ptr, super_ptr, high_ptr, table_ptr, out_ptr,
     N, K, words_per_row, groups, supers,
-    KIND: tl.constexpr, GROUP: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+    KIND: tl.constexpr, GROUP: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    block = tl.program_id(1)
+    word = block * 32 + tl.arange(0, 32)
     rows = tl.minimum(n, N - 1).to(tl.int64)
     wait_for_inputs(OVERLAP)  # also keeps ``out`` alive: an earlier product may still read it
-    words, high = load_words(w_ptr, high_ptr, rows, word, words_per_row, False)
+    words, high = load_words(w_ptr, high_ptr, rows, word, words_per_row, EVEN)
     weights = words_to_weights(
-        words, high, scale_ptr, zero_ptr, offset_ptr, super_ptr, table_ptr, rows, word, groups, supers,
-        KIND, GROUP, SHARED, ROWS, WORDS, out_ptr.dtype.element_ty,
+        words, high, scale_ptr, zero_ptr, offset_ptr, super_ptr, table_ptr, rows, block, groups, supers,
+        KIND, GROUP, SHARED, ROWS, out_ptr.dtype.element_ty,
     )  # fmt: skip
-    by_run = tl.permute(tl.reshape(weights, [ROWS, WORDS // 4, 4, 8]), [0, 1, 3, 2])
-    k = tl.program_id(1) * (WORDS * 8) + tl.arange(0, WORDS * 8)
+    by_run = tl.permute(tl.reshape(weights, [ROWS, 8, 4, 8]), [0, 1, 3, 2])
+    k = block * 256 + tl.arange(0, 256)
     mask = (n < N)[:, None] & (k < K)[None, :]
-    tl.store(out_ptr + rows[:, None] * K + k[None, :], tl.reshape(by_run, [ROWS, WORDS * 8]), mask=mask)
+    tl.store(out_ptr + rows[:, None] * K + k[None, :], tl.reshape(by_run, [ROWS, 256]), mask=mask)
 
 
 def dequantize_groups(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -41,8 +42,9 @@ def dequantize_groups(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     n, words_per_row = weight.words.shape
     out_NK = torch.empty(n, weight.k, dtype=dtype, device=weight.words.device)
     given = group_arguments(weight)
-    _dequantize_groups_kernel[(ceil_div(n, ROWS), ceil_div(words_per_row, WORDS_PER_STEP))](
+    _dequantize_groups_kernel[(ceil_div(n, ROWS), ceil_div(words_per_row, WORDS))](
         weight.words, *given.tensors, out_NK, n, weight.k, words_per_row, *given.sizes,
-        *given.constants, ROWS, WORDS_PER_STEP, overlaps_launches(out_NK.device), **launch_options(out_NK.device, 4),
+        *given.constants, ROWS, words_per_row % WORDS == 0,
+        overlaps_launches(out_NK.device), **launch_options(out_NK.device, 4),
     )  # fmt: skip
     return out_NK

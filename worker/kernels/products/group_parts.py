@@ -161,20 +161,21 @@ def _weights(words, high, table_ptr, scale, bias, PART: tl.constexpr, KIND: tl.c
 
 @triton.jit
 def words_to_weights(
-    words, high, scale_ptr, zero_ptr, offset_ptr, super_ptr, table_ptr, rows, word, groups, supers,
-    KIND: tl.constexpr, GROUP: tl.constexpr, SHARED: tl.constexpr,
-    ROWS: tl.constexpr, WORDS: tl.constexpr, DTYPE: tl.constexpr,
+    words, high, scale_ptr, zero_ptr, offset_ptr, super_ptr, table_ptr, rows, block, groups, supers,
+    KIND: tl.constexpr, GROUP: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Return the weights [ROWS, 8 * WORDS] of some words: those of a word side by side, from its lowest bits on."""
-    k = word // 4 * 32
+    """Return the weights [ROWS, 256] of a block of words: those of a word side by side, from its lowest bits on."""
+    k = block * 256 + tl.arange(0, 8) * 32
     scale, bias = group_factors(
         scale_ptr, zero_ptr, offset_ptr, super_ptr, rows, k, groups, supers, KIND, GROUP, SHARED
     )
+    scale, bias = of_words(scale, ROWS), of_words(bias, ROWS)
     last_scale, last_bias = scale, bias
     if GROUP == 16:
         last_scale, last_bias = group_factors(
             scale_ptr, zero_ptr, offset_ptr, super_ptr, rows, k + 16, groups, supers, KIND, GROUP, SHARED
         )
+        last_scale, last_bias = of_words(last_scale, ROWS), of_words(last_bias, ROWS)
     even = tl.join(
         tl.join(
             _weights(words, high, table_ptr, scale, bias, 0, KIND, DTYPE),
@@ -195,4 +196,4 @@ def words_to_weights(
             _weights(words, high, table_ptr, last_scale, last_bias, 7, KIND, DTYPE),
         ),
     )
-    return tl.reshape(tl.join(even, odd), [ROWS, WORDS * 8])
+    return tl.reshape(tl.join(even, odd), [ROWS, 256])

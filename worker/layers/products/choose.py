@@ -56,11 +56,11 @@ def packed_rows(device: torch.device) -> Callable[[PackedWeight, torch.dtype], T
     return dequantize
 
 
-def packed_head_product(device: torch.device) -> PackedProduct:
+def packed_head_product(device: torch.device, form: WeightFormat) -> PackedProduct:
     """Return the product with a packed head, which is never widened as a whole: it may be the largest matrix."""
+    multiply = packed_product(device, form)
     if not uses_kernels(device):
-        return quantized_matmul
-    from mgpu.worker.kernels.products.choose import quantized_matmul as multiply
+        return multiply
     from mgpu.worker.kernels.products.group_gemm import most_rows
 
     def product(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None = None) -> Tensor:

@@ -26,7 +26,16 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from mgpu.worker.kernels.layers.arrange import arrange_rows
-from mgpu.worker.kernels.products.warpgroup.widen import GROUPS, PAIRS, SUM_FACTOR, load_factors, widen, word_layouts
+from mgpu.worker.kernels.products.warpgroup.blocks import (
+    BLOCKS,
+    CODE_BITS,
+    copy_of,
+    kind_of,
+    load_block_factors,
+    tiles_of,
+    widen_codes,
+)
+from mgpu.worker.kernels.products.warpgroup.widen import SUM_FACTOR, load_factors, widen, word_layouts
 from mgpu.worker.kernels.runtime import (
     Workspace,
     ceil_div,
@@ -85,19 +94,55 @@ def _add_splits(out, partial_ptr, counter_ptr, tile, split, offsets, SPLITS: gl.
     return out, is_last
 
 
+@gluon.jit
+def _load_factors(
+    scale_ptr, zero_ptr, offset_ptr, super_ptr, first_row, N, groups, blocks, block,
+    KIND: gl.constexpr, BITS: gl.constexpr, GROUP: gl.constexpr,
+    ROWS: gl.constexpr, WORDS: gl.constexpr, RUNS: gl.constexpr,
+):  # fmt: skip
+    """Return the four factors of each word that `_widen` takes."""
+    if KIND == BLOCKS:
+        first, second, third, fourth = load_block_factors(
+            scale_ptr, offset_ptr, super_ptr, first_row, N, groups, blocks, block, BITS, GROUP, ROWS, WORDS, RUNS
+        )
+    else:
+        first, second, third = load_factors(
+            scale_ptr, zero_ptr, first_row, N, groups, block, KIND, GROUP, ROWS, WORDS, RUNS
+        )
+        fourth = third
+    return first, second, third, fourth
+
+
+@gluon.jit
+def _widen(
+    words, upper, first, second, third, fourth,
+    BYTE: gl.constexpr, BITS: gl.constexpr, HAS_OFFSET: gl.constexpr, OPERAND: gl.constexpr,
+):  # fmt: skip
+    if BITS != 4:
+        low, high = widen_codes(words, upper, first, second, third, fourth, BYTE, BITS, HAS_OFFSET, OPERAND)
+    else:
+        low, high = widen(words, first, second, third, BYTE, OPERAND)
+    return low, high
+
+
 @gluon.jit(do_not_specialize=["M", "groups", "blocks", "blocks_per_split", "row_tiles"])
 def _warpgroup_gemm_kernel(
-    x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr,
+    x_ptr, w_ptr, high_ptr, scale_ptr, zero_ptr, offset_ptr, super_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr,
     M, N, groups, blocks, blocks_per_split, row_tiles, x_stride, y_stride,
-    KIND: gl.constexpr, GROUP: gl.constexpr, SPLITS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, QUARTERS: gl.constexpr, ARRANGED: gl.constexpr, WORDS: gl.constexpr, RUNS: gl.constexpr,
-    OVERLAP: gl.constexpr, num_warps: gl.constexpr,
+    KIND: gl.constexpr, BITS: gl.constexpr, GROUP: gl.constexpr,
+    SPLITS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, QUARTERS: gl.constexpr,
+    ARRANGED: gl.constexpr, WORDS: gl.constexpr, RUNS: gl.constexpr, OVERLAP: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
+    HAS_HIGH: gl.constexpr = high_ptr is not None
+    HAS_OFFSET: gl.constexpr = BITS == 2 or offset_ptr is not None
+    OCTETS: gl.constexpr = 2 if BITS < 4 else 4
+    HIGH_OCTETS: gl.constexpr = 2 if BITS == 6 else 1
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
-    WORD_COPY: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [num_warps, 1], [1, 0])
+    WORD_COPY: gl.constexpr = copy_of(OCTETS, num_warps)
     WIDE_COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
     NARROW_COPY: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [num_warps, 1], [1, 0])
+    HIGH_COPY: gl.constexpr = copy_of(HIGH_OCTETS, num_warps)
     ROW_COPY: gl.constexpr = WIDE_COPY if ARRANGED else NARROW_COPY
     AHEAD: gl.constexpr = STAGES - 2
     LOAD_AT: gl.constexpr = 3 if BLOCK_M > 128 else 0  # late where registers are scarce
@@ -108,7 +153,7 @@ def _warpgroup_gemm_kernel(
     first_m = tile % row_tiles * BLOCK_M
     begin = split * blocks_per_split
     end = gl.minimum(begin + blocks_per_split, blocks)
-    ws = gl.allocate_shared_memory(gl.int32, [WORD_SLOTS, BLOCK_N, 32], gl.SwizzledSharedLayout(4, 1, 8, [1, 0]))
+    ws = gl.allocate_shared_memory(w_ptr.dtype.element_ty, [WORD_SLOTS, BLOCK_N, 32], tiles_of(OCTETS))
     xs = gl.allocate_shared_memory(gl.bfloat16, [STAGES * QUARTERS, BLOCK_M, 64], gl.NVMMASharedLayout(128, 16, rank=2))
     copied_n = gl.minimum(first_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, WORD_COPY)), N - 1)
     word = gl.arange(0, 32, layout=gl.SliceLayout(0, WORD_COPY))
@@ -120,10 +165,17 @@ def _warpgroup_gemm_kernel(
     x_ptrs = x_ptr + gl.expand_dims(copied_m * x_stride, 1) + gl.expand_dims(place, 0)
     x_mask = gl.expand_dims(copied_m < M, 1)
     first_step, last_step = begin * STEPS, end * STEPS
+    if HAS_HIGH:
+        hs = gl.allocate_shared_memory(high_ptr.dtype.element_ty, [WORD_SLOTS, BLOCK_N, 32], tiles_of(HIGH_OCTETS))
+        high_n = gl.minimum(first_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, HIGH_COPY)), N - 1)
+        high_word = gl.arange(0, 32, layout=gl.SliceLayout(0, HIGH_COPY))
+        high_ptrs = high_ptr + gl.expand_dims(high_n.to(gl.int64) * (blocks * 32), 1) + gl.expand_dims(high_word, 0)
 
     for slot in gl.static_range(WORD_SLOTS):  # weights are no other kernel's results
         if begin + slot < end:
             async_copy.async_copy_global_to_shared(ws.index(slot), w_ptrs + (begin + slot) * 32)
+            if HAS_HIGH:
+                async_copy.async_copy_global_to_shared(hs.index(slot), high_ptrs + (begin + slot) * 32)
     if OVERLAP:
         gl.inline_asm_elementwise(
             "griddepcontrol.launch_dependents; griddepcontrol.wait; // $0", "=r", [], gl.int32, is_pure=False, pack=1
@@ -132,13 +184,15 @@ def _warpgroup_gemm_kernel(
         if first_step + step < last_step:
             _copy_rows(xs, x_ptrs, x_mask, step, first_step + step, QUARTERS, ARRANGED)
         async_copy.commit_group()
-    low_scale, high_scale, offset = load_factors(
-        scale_ptr, zero_ptr, first_n, N, groups, begin, KIND, GROUP, BLOCK_N, WORDS, RUNS
-    )
+    first, second, third, fourth = _load_factors(
+        scale_ptr, zero_ptr, offset_ptr, super_ptr, first_n, N, groups, blocks, begin,
+        KIND, BITS, GROUP, BLOCK_N, WORDS, RUNS,
+    )  # fmt: skip
     async_copy.wait_group(AHEAD - 1)
     gl.thread_barrier()
     words = ws.index(0).load(WORDS)
-    low, high = widen(words, low_scale, high_scale, offset, 0, OPERAND)
+    upper = hs.index(0).load(WORDS).to(gl.int16) if HAS_HIGH else words
+    low, high = _widen(words, upper, first, second, third, fourth, 0, BITS, HAS_OFFSET, OPERAND)
     last_low, last_high = low, high
     acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SUMS)
     for block in range(begin, end):
@@ -155,20 +209,26 @@ def _warpgroup_gemm_kernel(
                     if block + WORD_SLOTS < end:
                         source = w_ptrs + (block + WORD_SLOTS) * 32
                         async_copy.async_copy_global_to_shared(ws.index(i % WORD_SLOTS), source)
+                        if HAS_HIGH:
+                            source = high_ptrs + (block + WORD_SLOTS) * 32
+                            async_copy.async_copy_global_to_shared(hs.index(i % WORD_SLOTS), source)
                 async_copy.commit_group()
             if quarter == LOAD_AT:
-                next_low_scale, next_high_scale, next_offset = load_factors(
-                    scale_ptr, zero_ptr, first_n, N, groups, block + 1, KIND, GROUP, BLOCK_N, WORDS, RUNS
-                )
+                next_first, next_second, next_third, next_fourth = _load_factors(
+                    scale_ptr, zero_ptr, offset_ptr, super_ptr, first_n, N, groups, blocks, block + 1,
+                    KIND, BITS, GROUP, BLOCK_N, WORDS, RUNS,
+                )  # fmt: skip
             x = xs.index((i * 4 + quarter) % (STAGES * QUARTERS)).permute((1, 0))
             acc = warpgroup_mma(low, x.slice(0, 32, dim=0), acc, is_async=True)
             acc = warpgroup_mma(high, x.slice(32, 32, dim=0), acc, is_async=True)
             if quarter == 3:
                 words = ws.index((i + 1) % WORD_SLOTS).load(WORDS)
-                low_scale, high_scale, offset = next_low_scale, next_high_scale, next_offset
+                if HAS_HIGH:
+                    upper = hs.index((i + 1) % WORD_SLOTS).load(WORDS).to(gl.int16)
+                first, second, third, fourth = next_first, next_second, next_third, next_fourth
             acc, _, _ = warpgroup_mma_wait(2, deps=[acc, last_low, last_high])
             last_low, last_high = low, high
-            low, high = widen(words, low_scale, high_scale, offset, (quarter + 1) % 4, OPERAND)
+            low, high = _widen(words, upper, first, second, third, fourth, (quarter + 1) % 4, BITS, HAS_OFFSET, OPERAND)
 
     acc, _, _ = warpgroup_mma_wait(0, deps=[acc, last_low, last_high])
     acc *= SUM_FACTOR
@@ -219,10 +279,11 @@ def warpgroup_gemm(
     workspace = workspace or default_workspace(x_MK.device)
     splits = workspace.most_splits(tiling.splits, tiles, tiling.block_n * tiling.block_m)
     _warpgroup_gemm_kernel[(tiles, splits)](
-        x_MK, weight.words, weight.scales, weight.zeros, bias_N, out_MN, workspace.partials, workspace.counters,
+        x_MK, weight.words, weight.high, weight.scales, weight.zeros, weight.offsets, weight.supers,
+        bias_N, out_MN, workspace.partials, workspace.counters,
         rows, n, weight.scales.shape[1], blocks, ceil_div(blocks, splits), row_tiles,
         x_MK.stride(0), out_MN.stride(0),
-        (PAIRS if weight.has_pairs else GROUPS).value, weight.group, splits, tiling.block_m, tiling.block_n,
+        kind_of(weight), CODE_BITS[weight.kind], weight.group, splits, tiling.block_m, tiling.block_n,
         tiling.stages, tiling.quarters, is_arranged, *word_layouts(tiling.block_n, tiling.num_warps),
         overlaps_launches(x_MK.device), **launch_options(x_MK.device, tiling.num_warps, 1),
     )  # fmt: skip

@@ -59,14 +59,14 @@ def word_layouts(block_n: int, num_warps: int) -> tuple[object, object]:
 
 
 @gluon.jit
-def _of_words(per_run, ROWS: gl.constexpr, WORDS: gl.constexpr, RUNS: gl.constexpr):
+def spread_runs(per_run, ROWS: gl.constexpr, WORDS: gl.constexpr, RUNS: gl.constexpr):
     """Return what each of 32 words has, of numbers [ROWS, 8] of runs of four words."""
     spread, _ = gl.broadcast(gl.expand_dims(per_run, 2), gl.full([ROWS, 8, 4], 0, gl.int32, layout=RUNS))
     return gl.convert_layout(gl.reshape(spread, [ROWS, 32]), WORDS, assert_trivial=True)
 
 
 @gluon.jit
-def _twice(numbers):
+def twice(numbers):
     """Return each number as bfloat16 in both halves of a word."""
     return numbers.to(gl.bfloat16).to(gl.uint16, bitcast=True).to(gl.int32) * 0x10001
 
@@ -92,9 +92,13 @@ def load_factors(
         added = -8.0 * near
         if zero_ptr is not None:
             added -= gl.load(zero_ptr + places).to(gl.float32) * scale
-        low, high = _twice(near * 1.661534994731145e35), _twice(near * 1.0384593717069655e34)  # 2^117 and 2^113
-        offset = _twice(added / SUM_FACTOR)
-    return _of_words(low, ROWS, WORDS, RUNS), _of_words(high, ROWS, WORDS, RUNS), _of_words(offset, ROWS, WORDS, RUNS)
+        low, high = twice(near * 1.661534994731145e35), twice(near * 1.0384593717069655e34)  # 2^117 and 2^113
+        offset = twice(added / SUM_FACTOR)
+    return (
+        spread_runs(low, ROWS, WORDS, RUNS),
+        spread_runs(high, ROWS, WORDS, RUNS),
+        spread_runs(offset, ROWS, WORDS, RUNS),
+    )
 
 
 @gluon.jit
