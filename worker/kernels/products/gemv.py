@@ -23,6 +23,8 @@ from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launc
 
 _FEW_OUTPUTS = 2048
 """Up to so many, programs of one warp leave the memory idle."""
+_MANY_OUTPUTS = 4096
+"""From so many, programs of four rows are enough of them."""
 GATES: dict[Activation | None, int] = {None: 0, "silu": 1, "gelu_tanh": 2}
 
 
@@ -109,9 +111,15 @@ def _gemv_kernel(
 
 def choose_tiling(n: int, k: int, gated: bool) -> GemvTiling:
     """Pick tiles (see docs/kernels.md). A step is 8 inputs per thread, so that x has the layout of the weights."""
-    if k % 2048 == 0 and not gated and (n > k or n <= _FEW_OUTPUTS):
-        return GemvTiling(2, 2048, 4 if n > k else 2)
-    return GemvTiling(2, 1024, 1)
+    if gated:
+        return GemvTiling(2, 1024, 1)
+    if k % 2048:
+        return GemvTiling(4 if n >= _MANY_OUTPUTS else 2, 1024, 1)
+    if n > k:
+        return GemvTiling(2, 2048, 4) if k > 2048 else GemvTiling(4, 1024, 2)
+    if n <= _FEW_OUTPUTS:
+        return GemvTiling(2, 2048, 2)
+    return GemvTiling(2, 4096, 4) if n < k and k % 4096 == 0 else GemvTiling(2, 1024, 1)
 
 
 def gemv(

@@ -10,7 +10,7 @@ from mgpu.protocol.model.facts import Activation
 from mgpu.protocol.model.quantization import Quant, weight_format
 from mgpu.worker.kernels.products.choose import matmul, quantized_matmul
 from mgpu.worker.kernels.products.dequantize import dequantize_packed
-from mgpu.worker.kernels.products.gemv import GemvTiling, gemv
+from mgpu.worker.kernels.products.gemv import GemvTiling, choose_tiling, gemv
 from mgpu.worker.kernels.products.quantized_gemm import Tiling, quantized_gemm
 from mgpu.worker.kernels.products.quantized_gemv import QuantizedGemvTiling, quantized_gemv
 from mgpu.worker.kernels.reference import gated_activation
@@ -145,6 +145,23 @@ def test_quantized_gemv_equals_product_with_dequantized_weight(
     x, bias = draw(1, k, device=device, dtype=dtype), draw(n, device=device, dtype=dtype)
     got = quantized_gemv(x, weight, bias_N=bias, tiling=QuantizedGemvTiling(8, 128, 1, ahead))
     assert relative_error(got, F.linear(x.float(), values, bias.float())) < 3 * tolerance(dtype)
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "tiling"),
+    [
+        (3072, 4096, GemvTiling(2, 4096, 4)),
+        (4096, 2048, GemvTiling(4, 1024, 2)),
+        (4096, 7168, GemvTiling(4, 1024, 1)),
+        (6144, 4096, GemvTiling(2, 2048, 4)),
+        (4096, 4096, GemvTiling(2, 1024, 1)),
+        (4096, 14336, GemvTiling(2, 1024, 1)),
+        (2048, 4096, GemvTiling(2, 2048, 2)),
+        (1024, 3072, GemvTiling(2, 1024, 1)),
+    ],
+)
+def test_tiles_of_one_row_are_those_that_were_measured(n: int, k: int, tiling: GemvTiling) -> None:
+    assert choose_tiling(n, k, gated=False) == tiling
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int4-32"])
