@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import defaultdict, deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.queues import Queue
@@ -40,7 +41,7 @@ from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
 from mgpu.protocol.model.kv_pools import PoolSize
 from mgpu.protocol.model.layout import Layout, StepLimits
 from mgpu.protocol.model.placement import PlacementPlan, Stage
-from mgpu.worker.compile_ahead.compile_ahead import start_triton
+from mgpu.worker.compile_ahead.compile_ahead import CompileAhead, start_triton
 from mgpu.worker.ranks.links import connect, layout_of
 from mgpu.worker.ranks.relay import Relay
 from mgpu.worker.ranks.relay_check import _pass_on, _return_tokens
@@ -134,9 +135,11 @@ class Rank:
 
     def load(self, spec: WorkerSpec, rows: int, is_compiled: bool = False) -> ModelRunner:
         """Return the runner of a spec that has the same ranks and stages as the first one."""
-        start_up = StartUp(spec, spec.layout.placement.place_of(self.place.rank), self.device, self.links)
-        load = start_up._load if is_compiled else start_up.load
-        stage, _ = load(lambda done, total: None)
+        place = spec.layout.placement.place_of(self.place.rank)
+        start_up = StartUp(spec, place, self.device, self.links)
+        with nullcontext() if is_compiled else CompileAhead(spec, place, self.device).running():
+            stage, _ = start_up.load(lambda done, total: None)
+        stage.choose_attention()
         return start_up.allocate(stage, PoolSize(rows * self.row_blocks))
 
     def run(self, plan: StepPlan, gap: int = 1) -> None:

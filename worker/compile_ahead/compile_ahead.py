@@ -1,4 +1,4 @@
-"""Compile a model's kernels side by side while its weights are still being read.
+"""Compile a model's kernels side by side while ranks meet and weights are read.
 
 What a kernel is compiled for (types, strides, which arguments are multiples of 16) follows from the code that launches
 it. So that code is run: two layers of each kind, over undefined weights, with launches that compile and do not run.
@@ -9,9 +9,10 @@ private functions of `triton_internals`, a worker starts as usual, and each kern
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from threading import Thread
 
@@ -22,8 +23,9 @@ from mgpu.protocol.model.kv_pools import PoolSize, has_pages
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.models.build import DecoderStage, build_stage, init_linear
-from mgpu.worker.ranks.collectives import MeasurableGroup
+from mgpu.worker.ranks.collectives import MeasurableGroup, absent_ranks
 from mgpu.worker.sampling.sampler import Sampler
+from mgpu.worker.state.allocate import make_state
 from mgpu.worker.state.kv_cache import KvCache
 from mgpu.worker.state.rows import RowTable
 from mgpu.worker.steps.graphs import prepare_graphs
@@ -37,27 +39,32 @@ _IRRELEVANT_FIELDS = (
     "kv_memory", "seed", "worker_timeout_s",
 )  # fmt: skip
 """Fields of a spec that no kernel depends on."""
-_PROMPTS = (512, 128, 16)
-"""Tokens of prompts. Quantized products have other kernels for 16 rows (the warm-up), for more than 64, and for more
-than 256 (the largest step, which is run to measure memory)."""
+_PROMPTS = (1024, 512, 128, 16)
+"""Tokens of prompts. Quantized products have other kernels for 16 rows (the warm-up), for more than 64, for more than
+256, and for more than 512 (the largest step, which is run to measure memory)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CompileAhead:
     """The kernels of one rank's start."""
 
     spec: WorkerSpec
     place: RankPlace
     device: torch.device
-    group: MeasurableGroup
-    make_state: Callable[[PoolSize, Sequence[int], int], tuple[RowTable, KvCache]]
-    """Returns rows, and a cache of so large pools and so many states for some layers, as the worker will have them."""
+
+    @cached_property
+    def group(self) -> MeasurableGroup:
+        """Stands for the ranks of this stage, which have not met yet."""
+        return absent_ranks(self.place.tp_rank, self.place.tp_size)
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Compile this rank's kernels in threads during the body; at its end they are ready to launch."""
+        """Compile this rank's kernels in threads during the body; at its end they are ready to launch.
+
+        A launch in the body waits for its own kernel only.
+        """
         marker = self._marker() if uses_kernels(self.device) else None
-        if marker is None or marker.exists():
+        if marker is None or marker.exists() or not self._starts_triton():
             yield
             return
         from mgpu.worker.compile_ahead import triton_internals
@@ -76,11 +83,21 @@ class CompileAhead:
             from mgpu.worker.compile_ahead import triton_internals
 
             triton_internals.require()
-            triton_internals.start_driver()
             return triton_internals.cache_folder() / f"mgpu-{self._key()}"
-        except Exception as error:  # another Triton, or no C compiler: the check of attention says what that means
+        except Exception as error:  # another Triton
             log.warning("kernels are compiled one by one: %s: %s", type(error).__name__, error)
             return None
+
+    def _starts_triton(self) -> bool:
+        """Return whether Triton can compile. To know takes half a second, so a start with all kernels does not ask."""
+        try:
+            from mgpu.worker.compile_ahead import triton_internals
+
+            triton_internals.start_driver()
+            return True
+        except Exception as error:  # such as no C compiler: the check of attention says what that means
+            log.warning("kernels are compiled one by one: %s: %s", type(error).__name__, error)
+            return False
 
     def _key(self) -> str:
         """Return a hash of everything that kernels depend on."""
@@ -96,27 +113,26 @@ class CompileAhead:
     @torch.inference_mode()
     def _try_launching(self) -> bool:
         """Return whether every kernel was launched."""
-        self.group.alone = True
         try:
             self.launch_all()
             return True
         except Exception as error:  # the start itself will meet a real fault; any other only costs time
             log.warning("kernels cannot be compiled ahead: %s: %s", type(error).__name__, error)
             return False
-        finally:
-            self.group.alone = False
 
     def launch_all(self) -> None:
         """Launch every kernel that a start launches."""
         from mgpu.worker.attention.check import launch_check
+        from mgpu.worker.ranks.peer_setup import launch_trial
 
+        launch_trial(self.spec, self.place, self.device)  # first, since ranks that meet wait for it
         kinds = self._two_of_each_kind()
         stage = self._short_stage(kinds)
         launch_check(self.device, stage.attention_shape)
         num_states = min(self.spec.limits.max_rows, 2)
         limits, blocks = self.spec.limits, -(-(_PROMPTS[0] + 1) // self.spec.limits.block_size)
         pool = PoolSize(blocks, blocks if has_pages(self.spec.facts.sight, limits) else 0)
-        rows, cache = self.make_state(pool, kinds, num_states)
+        rows, cache = make_state(self.spec, self.place, self.device, pool, kinds, num_states)
         self._run_steps(stage, rows, cache)
         if self.spec.layout.placement.num_stages == 1:
             prepare_graphs(stage, cache, rows, self.group)

@@ -126,6 +126,21 @@ class MeasurableGroup:
         return torch.cat([x] * self.size, dim=-1) if self.alone else self.inner.all_gather(x)
 
 
+class AbsentRanks(SingleRank):
+    """Stands for ranks that have not met yet, in a process that only compiles."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+
+
+def absent_ranks(rank: int, size: int) -> MeasurableGroup:
+    """Return a group of a rank that works alone, before it has met the others."""
+    group = MeasurableGroup(AbsentRanks(rank, size))
+    group.alone = True
+    return group
+
+
 class DistChannel:
     """`Channel` over torch.distributed. Messages live on ``device``; the backend sends from ``wire``."""
 

@@ -33,6 +33,17 @@ def peer_problem(group: PeerGroup, device: torch.device) -> str:
     return "a rank waited in vain" if group.has_failed else ""
 
 
+@torch.inference_mode()
+def launch_checks(group: PeerGroup, device: torch.device, in_float8: bool) -> None:
+    """Launch what the trials launch, so that it is compiled; results are undefined."""
+    for rows in _row_counts(group):
+        _check_sums(group, 0, rows, device)
+    _check_product(group, 0, device)
+    _choices(group, 0, device)
+    if in_float8:
+        float8_problem(group, device)
+
+
 def _row_counts(group: PeerGroup) -> list[int]:
     """Return sizes of messages that go in one shot, then in two."""
     one = group.one_shot.rows

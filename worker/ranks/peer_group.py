@@ -18,7 +18,7 @@ from mgpu.protocol.model.shared_memory_layout import SUM_ROWS, host_sum_rows
 from mgpu.worker.errors import PeerLost
 from mgpu.worker.kernels.peers.memory import Area, AreaShape, PeerAlarm
 from mgpu.worker.quantization.float8_rows import Float8Rows
-from mgpu.worker.ranks.collectives import DistGroup, MeasurableGroup, TensorParallelGroup
+from mgpu.worker.ranks.collectives import AbsentRanks, DistGroup, MeasurableGroup, TensorParallelGroup
 
 if TYPE_CHECKING:
     from mgpu.worker.kernels.peers.all_reduce import OneShot
@@ -212,6 +212,7 @@ def captured_rows(group: TensorParallelGroup) -> int:
         return captured_rows(group.inner)
     if isinstance(group, PeerGroup):
         return max(group.most_rows, captured_rows(group.inner))
-    if group.size == 1 or (isinstance(group, DistGroup) and group.is_capturable):
+    is_absent = isinstance(group, AbsentRanks)  # they will do what they can
+    if group.size == 1 or is_absent or (isinstance(group, DistGroup) and group.is_capturable):
         return sys.maxsize
     return 0

@@ -22,15 +22,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mgpu.protocol.internal.worker_messages import WorkerSpec
+from mgpu.protocol.model.placement import RankPlace
 from mgpu.protocol.model.shared_memory_layout import HostRegion
 from mgpu.worker.kernels.peers.memory import Area, AreaShape, PeerAlarm, buffer_bytes, cut
 from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.ranks.agreement import CannotUse, RankStatus, exchange, gpu_of, leave_in_order, this_machine
-from mgpu.worker.ranks.collectives import TensorParallelGroup
+from mgpu.worker.ranks.collectives import AbsentRanks, TensorParallelGroup
 from mgpu.worker.ranks.cuda_ipc import MappedMemory, export, map_exported
 from mgpu.worker.ranks.host_channel import pin
-from mgpu.worker.ranks.peer_check import float8_problem, peer_problem
-from mgpu.worker.ranks.peer_group import PeerGroup, ReduceLimits, area_shapes, captured_rows
+from mgpu.worker.ranks.peer_check import float8_problem, launch_checks, peer_problem
+from mgpu.worker.ranks.peer_group import MOST_RANKS, PeerGroup, ReduceLimits, area_shapes, captured_rows
 from mgpu.worker.ranks.shared_memory import SharedSegment
 from mgpu.worker.ranks.sum_times import quickest_rows
 
@@ -222,6 +224,27 @@ class PeerSetup:
     def _unmap(self) -> None:
         while self._mapped:
             self._mapped.pop().unmap()
+
+
+def launch_trial(spec: WorkerSpec, place: RankPlace, device: torch.device) -> None:
+    """Launch the kernels that will be tried between the GPUs of a stage, so that they are compiled."""
+    group = lone_group(spec, place, device)
+    if group is not None:
+        launch_checks(group, device, spec.layout.quant == "fp8" and can_quantize(group.limits, device))
+
+
+def lone_group(spec: WorkerSpec, place: RankPlace, device: torch.device) -> PeerGroup | None:
+    """Return a group over memory of this GPU alone; None if the stage will not try any over peer memory."""
+    if not 1 < place.tp_size <= MOST_RANKS:
+        return None
+    limits = ReduceLimits.of(place.tp_size, spec.facts.hidden_size, getattr(torch, spec.layout.dtype))
+    if refusal(limits, device) or peer_refusal():
+        return None
+    shapes = area_shapes(limits)
+    buffer = torch.empty(buffer_bytes(shapes), dtype=torch.uint8, device=device)
+    areas = cut(buffer, [buffer.data_ptr()] * place.tp_size, shapes)
+    failed = torch.zeros(1, dtype=torch.int32, device=device)
+    return PeerGroup(AbsentRanks(place.tp_rank, place.tp_size), areas, PeerAlarm(failed, failed.clone(), 0), limits)
 
 
 def refusal(limits: ReduceLimits, device: torch.device) -> str:

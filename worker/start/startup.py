@@ -1,6 +1,6 @@
 """What a worker does before its first step: load the weights, measure the memory that is left, allocate the cache."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -9,11 +9,11 @@ from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint
 from mgpu.protocol.internal.worker_messages import Loaded, RowSampling, WorkerSpec
 from mgpu.protocol.model.kv_pools import PoolSize
 from mgpu.protocol.model.placement import RankPlace
-from mgpu.worker.compile_ahead.compile_ahead import CompileAhead
 from mgpu.worker.models.build import DecoderStage, build_stage, init_dummy_weights, load_weights
 from mgpu.worker.ranks.links import Links
 from mgpu.worker.sampling.sampler import Sampler
 from mgpu.worker.start.pool_size import cpu_pool_bytes, cuda_pool_bytes, pools_of
+from mgpu.worker.state.allocate import make_state
 from mgpu.worker.state.batch import StepBatch
 from mgpu.worker.state.kv_cache import KvCache, block_bytes, stored_dtype
 from mgpu.worker.state.rows import RowTable, SampleRequest
@@ -41,14 +41,7 @@ class StartUp:
         self._vocabulary = tuple(map(len, place.part.vocabulary(spec.facts.vocab_size)))
 
     def load(self, progress: Progress) -> tuple[DecoderStage, int]:
-        """Build this rank's stage and load its weights while kernels are compiled; return it and the bytes read."""
-        kernels = CompileAhead(self._spec, self._place, self._device, self._links.group, self._state)
-        with kernels.running():
-            stage, loaded_bytes = self._load(progress)
-        stage.choose_attention()
-        return stage, loaded_bytes
-
-    def _load(self, progress: Progress) -> tuple[DecoderStage, int]:
+        """Build this rank's stage and load its weights; return it and the bytes read."""
         spec = self._spec
         where = self._place, self._layers, self._links.group, self._dtype, self._device
         layout = spec.layout
@@ -102,24 +95,19 @@ class StartUp:
     def allocate(self, stage: DecoderStage, pool: PoolSize) -> ModelRunner:
         """Allocate the pools and the rows."""
         limits = self._spec.limits
-        rows, cache = self._state(pool, self._layers, limits.max_rows + limits.num_snapshots)
+        rows, cache = self._state(pool, limits.max_rows + limits.num_snapshots)
         num_stages = self._spec.layout.placement.num_stages
         return ModelRunner(stage, cache, rows, self._links, self._spec.facts, self._place, num_stages)
 
-    def _state(self, pool: PoolSize, layers: Sequence[int], num_states: int) -> tuple[RowTable, KvCache]:
-        """Allocate rows, and what some layers keep of them."""
-        limits, types = self._spec.limits, (self._dtype, self._kv_dtype)
-        shape = limits.max_rows, limits.max_seq_len, limits.block_size, pool.num_blocks
-        rows = RowTable(*shape, self._device, pool.num_pages)
-        sizes = pool.num_blocks, limits.block_size, num_states
-        how = self._place.part, sizes, types, self._device, pool.num_pages
-        return rows, KvCache.of_layers(self._spec.facts, layers, *how)
+    def _state(self, pool: PoolSize, num_states: int) -> tuple[RowTable, KvCache]:
+        """Allocate rows, and what the layers keep of them."""
+        return make_state(self._spec, self._place, self._device, pool, self._layers, num_states)
 
     @torch.inference_mode()
     def run_largest_step(self, stage: DecoderStage) -> None:
         """Run the largest step there can be, without the other ranks, on a pool of one block."""
         self._links.group.alone = True
-        rows, cache = self._state(PoolSize(1), self._layers, 1)
+        rows, cache = self._state(PoolSize(1), 1)
         batch = self._largest_batch()
         if stage.is_first:
             x_TD = stage.embed(batch.token_ids)

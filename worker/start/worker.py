@@ -5,7 +5,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -20,7 +20,7 @@ from mgpu.protocol.internal.worker_messages import (
     WorkerSpec,
 )
 from mgpu.protocol.model.kv_pools import PoolSize
-from mgpu.worker.compile_ahead.compile_ahead import start_triton
+from mgpu.worker.compile_ahead.compile_ahead import CompileAhead, start_triton
 from mgpu.worker.control_socket import ControlSocket
 from mgpu.worker.device import cuda_ordinal
 from mgpu.worker.errors import BadPlan, CaptureHung, OutOfMemory
@@ -68,13 +68,17 @@ class Worker:
         if spec.num_threads > 0:
             torch.set_num_threads(spec.num_threads)
         self.device = _open_device(spec.device)
-        with self._timed("rendezvous"):
-            self._links = links = connect(spec, rank, self.device)
-        start_up = StartUp(spec, self.place, self.device, links)
-        with self._timed("weights"):
-            stage, loaded_bytes = start_up.load(self._progress)
-            self._report(loaded_bytes, loaded_bytes)
-            self.control.send(start_up.measure(stage))
+        with ExitStack() as compiling:
+            with self._timed("rendezvous"):
+                compiling.enter_context(CompileAhead(spec, self.place, self.device).running())
+                self._links = links = connect(spec, rank, self.device)
+            start_up = StartUp(spec, self.place, self.device, links)
+            with self._timed("weights"):
+                stage, loaded_bytes = start_up.load(self._progress)
+                compiling.close()  # waits until all kernels are ready
+                stage.choose_attention()
+                self._report(loaded_bytes, loaded_bytes)
+                self.control.send(start_up.measure(stage))
         pool = self._wait_for_allocation()
         if pool is None:
             links.close()

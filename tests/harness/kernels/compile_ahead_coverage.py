@@ -17,6 +17,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 import mgpu.worker.attention.choose as attention
+import mgpu.worker.ranks.peer_setup as peers
 from bench.kernels.timing import compile_only, set_overlap
 from harness.models.parts import with_changes
 from harness.specs import make_plan, make_spec
@@ -26,8 +27,11 @@ from mgpu.protocol.model.placement import RankPlace
 from mgpu.worker.attention.check import attention_problem
 from mgpu.worker.compile_ahead.compile_ahead import CompileAhead
 from mgpu.worker.kernels.products import choose as products
+from mgpu.worker.kernels.products.warpgroup import float8_trial, trial
+from mgpu.worker.kernels.runtime import LAUNCH_MODE
 from mgpu.worker.layers import linear, mlp, norm, vocab
 from mgpu.worker.layers.experts import sparse_mlp
+from mgpu.worker.ranks import peer_check
 from mgpu.worker.ranks.collectives import MeasurableGroup, SingleRank
 from mgpu.worker.ranks.links import Links
 from mgpu.worker.sampling import sampler
@@ -65,7 +69,12 @@ def use_kernels_on_the_cpu() -> None:
     for module in (mlp, norm, sparse_mlp, sampler, attention):
         module.uses_kernels = lambda device: True
     linear.dense_product = vocab.dense_product = lambda device: products.matmul
-    linear.packed_product = lambda device, form: products.quantized_matmul
+    linear.packed_product = lambda device, form: (products.try_products(device, form), products.quantized_matmul)[1]
+    trial._has_warpgroups = lambda device: True
+    trial.trial_problem = float8_trial.trial_problem = lambda measure, tolerance: (measure(), "")[1]
+    peers.uses_kernels = lambda device: True
+    peers.can_quantize = lambda limits, device: True
+    peer_check._error = lambda found, wanted: 0.0
     linear.pack = vocab.pack = lambda weight: weight
     linear.repack = lambda weight, dtype: weight
     products.F = type("Shapes", (), {"linear": staticmethod(lambda x, w, b=None: x.new_zeros(len(x), len(w)))})
@@ -90,7 +99,9 @@ def missing_of(spec: WorkerSpec) -> dict[str, object]:
         group = MeasurableGroup(SingleRank())
         group.rank, group.size, group.alone = place.tp_rank, place.tp_size, True
         start_up = StartUp(spec, place, CPU, Links(group))
-        asked = take(CompileAhead(spec, place, CPU, group, start_up._state).launch_all)
+        LAUNCH_MODE.compiles_only = True
+        asked = take(CompileAhead(spec, place, CPU).launch_all)
+        LAUNCH_MODE.compiles_only = False
         missing += sorted(take(lambda s=start_up, p=place: start(s, spec, p)) - asked)
         asked_in_all += len(asked)
     return {"asked": asked_in_all, "missing": missing}
@@ -98,6 +109,10 @@ def missing_of(spec: WorkerSpec) -> dict[str, object]:
 
 def start(start_up: StartUp, spec: WorkerSpec, place: RankPlace) -> None:
     """Do what a worker does until it is ready, as far as one rank can alone."""
+    if (group := peers.lone_group(spec, place, CPU)) is not None:
+        peer_check.peer_problem(group, CPU)
+        if spec.layout.quant == "fp8":
+            peer_check.float8_problem(group, CPU)
     stage, _ = start_up.load(lambda done, total: None)
     attention_problem(CPU, stage.attention_shape)
     stage.assume_kernels()
@@ -110,7 +125,7 @@ def start(start_up: StartUp, spec: WorkerSpec, place: RankPlace) -> None:
 
 def main() -> None:
     use_kernels_on_the_cpu()
-    spec = make_spec(Path(sys.argv[1]), [1], dtype="bfloat16", block_size=64, max_batch_tokens=512, max_seq_len=300)
+    spec = make_spec(Path(sys.argv[1]), [1], dtype="bfloat16", block_size=64, max_batch_tokens=600, max_seq_len=700)
     for case in sys.argv[2:]:
         sizes, quant, kept = case.split()
         plan = make_plan(spec.facts.num_layers, json.loads(sizes))

@@ -18,9 +18,8 @@ from harness.specs import make_spec
 from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.worker.compile_ahead import compile_ahead, triton_internals
 from mgpu.worker.compile_ahead.compile_ahead import CompileAhead
-from mgpu.worker.ranks.collectives import MeasurableGroup, SingleRank
 
-DENSE = ("[1] none auto", "[1] none fp8", "[1] 4 auto", "[2] 8 auto", "[1,1,1] fp8 auto")
+DENSE = ("[1] none auto", "[1] none fp8", "[1] 4 auto", "[2] 8 auto", "[2] fp8 auto", "[1,1,1] fp8 auto")
 SPARSE = ("[1] none auto", "[2] 4 auto")
 EXPERTS = {
     "architectures": ["Qwen3MoeForCausalLM"], "head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2,
@@ -77,20 +76,26 @@ def launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[bool]:
 
 def make_ahead(folder: Path, **changes: object) -> CompileAhead:
     spec = make_spec(write_random_model(folder), [1], **changes)
-    group = MeasurableGroup(SingleRank())
-    return CompileAhead(
-        spec, spec.layout.placement.place_of(0), torch.device("cpu"), group, lambda count: pytest.fail("not needed")
-    )
+    return CompileAhead(spec, spec.layout.placement.place_of(0), torch.device("cpu"))
 
 
 def test_kernels_are_launched_at_every_start_until_all_are_compiled(tmp_path: Path, launches: list[bool]) -> None:
     for times in (1, 2, 2):
-        ahead = make_ahead(tmp_path)
-        with ahead.running():
+        with make_ahead(tmp_path).running():
             assert len(launches) == times
-        assert not ahead.group.alone
     with make_ahead(tmp_path, quant="4").running():
         assert launches == [True] * 3
+
+
+def test_a_start_with_all_kernels_does_not_wait_for_triton(
+    tmp_path: Path, launches: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(2):  # after the second, all are compiled
+        with make_ahead(tmp_path).running():
+            pass
+    monkeypatch.setattr(triton_internals, "start_driver", lambda: pytest.fail("waits"))
+    with make_ahead(tmp_path).running():
+        assert len(launches) == 2
 
 
 def test_a_change_of_any_source_of_the_worker_compiles_again(

@@ -31,7 +31,7 @@ def float8_words_product(device: torch.device) -> WordsProduct | None:
     """
     if words_product(device) is None:
         return None
-    return _product if LAUNCH_MODE.compiles_only else _tried(device)
+    return _launched(device) if LAUNCH_MODE.compiles_only else _tried(device)
 
 
 def _product(x_TK: Tensor, weight: PackedWeight, bias_N: Tensor | None) -> Tensor:
@@ -39,6 +39,13 @@ def _product(x_TK: Tensor, weight: PackedWeight, bias_N: Tensor | None) -> Tenso
 
     rows = quantize_spans(x_TK, weight.words.shape[1] * 8, span_of(weight))
     return float8_words_gemm(rows, weight, bias_N=bias_N)
+
+
+@cache
+def _launched(device: torch.device) -> WordsProduct:
+    """Launch what the trial launches, so that it is compiled: the error is of undefined values."""
+    trial_error(device)
+    return _product
 
 
 @cache

@@ -42,9 +42,13 @@ def words_product(device: torch.device) -> WordsProduct | None:
 
     The first call must not be within the capture of a graph.
     """
-    if INTERPRETED or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+    if not _has_warpgroups(device):
         return None
-    return _product() if LAUNCH_MODE.compiles_only else _tried(device)
+    return _launched(device) if LAUNCH_MODE.compiles_only else _tried(device)
+
+
+def _has_warpgroups(device: torch.device) -> bool:
+    return not INTERPRETED and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _product() -> WordsProduct | None:
@@ -54,6 +58,15 @@ def _product() -> WordsProduct | None:
         log.warning("this Triton has no products by warpgroups: %s", failure)
         return None
     return lambda x_MK, weight, bias_N: warpgroup_gemm(x_MK, weight, bias_N=bias_N)
+
+
+@cache
+def _launched(device: torch.device) -> WordsProduct | None:
+    """Launch what the trial launches, so that it is compiled: the error is of undefined values."""
+    product = _product()
+    if product is not None:
+        trial_error(device, product)
+    return product
 
 
 @cache
