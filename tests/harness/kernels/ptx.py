@@ -38,12 +38,10 @@ def _result(name: str, given: list[int]) -> int:
         return sum((table >> index[place] & 1) << place for place in range(32))
     if name == "shl.b32":
         return given[0] << given[1] & 0xFFFFFFFF
-    if name == "mad.lo.s32":
-        return (given[0] * given[1] + given[2]) & 0xFFFFFFFF
-    if name in ("dp4a.u32.u32", "dp4a.u32.s32"):
-        octets = [each.to_bytes(4, "little") for each in given[:2]]
-        factors = [int.from_bytes(bytes([octet]), signed=name.endswith("s32")) for octet in octets[1]]
-        return (sum(a * b for a, b in zip(octets[0], factors, strict=True)) + given[2]) & 0xFFFFFFFF
+    if name in ("dp2a.lo.s32.u32", "dp2a.hi.s32.u32"):
+        numbers = [(half ^ 0x8000) - 0x8000 for half in (given[0] & 0xFFFF, given[0] >> 16)]
+        octets = given[1].to_bytes(4, "little")[2 * name.startswith("dp2a.hi") :]
+        return (sum(a * b for a, b in zip(numbers, octets, strict=False)) + given[2]) & 0xFFFFFFFF
     if name == "prmt.b32":
         octets = (given[0] | given[1] << 32).to_bytes(8, "little")
         return int.from_bytes(bytes(octets[given[2] >> 4 * place & 7] for place in range(4)), "little")

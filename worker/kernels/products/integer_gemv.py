@@ -1,11 +1,11 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
-"""Matrix-vector products of a single decode row with 4-bit words, by dot products of bytes.
+"""Matrix-vector products of a single decode row with words of 4 or 6 bits, by dot products of integers.
 
-A GPU multiplies four bytes by four bytes and adds them up in one instruction. The codes of a word are two times four
-bytes after a shift and two ands. The row becomes integers of 16 bits, which are two bytes: 32 channels share a factor,
-so that the largest is 32,000 or so. What that changes is 1/128 of what bfloat16 rounds of the largest of them. Sums of
-32 products are exact. So a weight costs one instruction, where widening it and multiplying in float32 costs two and
-a half, and scale and offset are applied once a run of 32 channels, as in `quantized_gemv`.
+A GPU multiplies two bytes by two integers of 16 bits and adds them up in one instruction. The codes of a word are two
+times four bytes after a shift and two ands. The row becomes integers of 16 bits: 32 channels share a factor, so that
+the largest is 32,000 or so. What that changes is 1/128 of what bfloat16 rounds of the largest of them. Sums of 32
+products are exact. So a weight costs one instruction, where widening it and multiplying in float32 costs two and a
+half, and scale and offset are applied once a run of 32 channels, as in `quantized_gemv`.
 """
 
 # N output channels, K input channels
@@ -24,31 +24,26 @@ from mgpu.worker.kernels.products.widen import split_scales
 from mgpu.worker.kernels.runtime import INTERPRETED, ceil_div, launch_options, overlaps_launches, wait_for_inputs
 from mgpu.worker.quantization.packing import PackedWeight
 
-_PACK = tl.constexpr(
-    "{ .reg .b32 a, b; prmt.b32 a, $2, $3, 0x5140; prmt.b32 b, $4, $5, 0x5140;"
-    "prmt.b32 $0, a, b, 0x5410; prmt.b32 $1, a, b, 0x7632; }"
-)
-"""Of four integers of 16 bits, the lower bytes and the upper ones."""
+_PACK = tl.constexpr("prmt.b32 $0, $2, $3, 0x5410; prmt.b32 $1, $4, $5, 0x5410;")
+"""Two pairs of integers of 16 bits."""
 _DOT = tl.constexpr(
-    "{ .reg .b32 a, b, low, high; and.b32 a, $1, 0x0F0F0F0F; shr.u32 b, $1, 4; and.b32 b, b, 0x0F0F0F0F;"
-    "dp4a.u32.u32 low, a, $2, 0; dp4a.u32.u32 low, b, $4, low;"
-    "dp4a.u32.s32 high, a, $3, 0; dp4a.u32.s32 high, b, $5, high;"
-    "mad.lo.s32 $0, high, 256, low; }"
+    "{ .reg .b32 a, b, s; and.b32 a, $1, 0x0F0F0F0F; shr.u32 b, $1, 4; and.b32 b, b, 0x0F0F0F0F;"
+    "dp2a.lo.s32.u32 s, $2, a, 0; dp2a.hi.s32.u32 s, $3, a, s;"
+    "dp2a.lo.s32.u32 s, $4, b, s; dp2a.hi.s32.u32 $0, $5, b, s; }"
 )
-"""The sum of the products of a word's codes and eight integers, whose bytes are low and high, of even and odd parts."""
+"""The sum of the products of a word's codes and four pairs of integers, two of even parts and two of odd ones."""
 
 
 _DOT_6 = tl.constexpr(
-    "{ .reg .b32 a, b, c, d, low, high;"
+    "{ .reg .b32 a, b, c, d, s;"
     + "".join(
         f"""
     shr.u32 c, $6, {16 * word}; and.b32 c, c, 0x3333; prmt.b32 c, 0x30201000, 0, c;
     shr.u32 d, $6, {16 * word + 2}; and.b32 d, d, 0x3333; prmt.b32 d, 0x30201000, 0, d;
     and.b32 a, ${4 + word}, 0x0F0F0F0F; or.b32 a, a, c;
     shr.u32 b, ${4 + word}, 4; and.b32 b, b, 0x0F0F0F0F; or.b32 b, b, d;
-    prmt.b32 c, a, b, 0x5410; prmt.b32 d, a, b, 0x7632;
-    dp4a.u32.u32 low, c, ${7 + word}, 0; dp4a.u32.s32 high, c, ${9 + word}, 0; mad.lo.s32 ${word}, high, 256, low;
-    dp4a.u32.u32 low, d, ${11 + word}, 0; dp4a.u32.s32 high, d, ${13 + word}, 0; mad.lo.s32 ${2 + word}, high, 256, low;
+    dp2a.lo.s32.u32 s, ${7 + word}, a, 0; dp2a.lo.s32.u32 ${word}, ${9 + word}, b, s;
+    dp2a.hi.s32.u32 s, ${11 + word}, a, 0; dp2a.hi.s32.u32 ${2 + word}, ${13 + word}, b, s;
     """
         for word in range(2)
     )
@@ -67,6 +62,8 @@ class IntegerGemvTiling:
     block_w: int
     """Words per step."""
     num_warps: int
+    ahead: bool = False
+    """Whether the words of the next step are loaded before a step is multiplied."""
 
 
 @triton.jit
@@ -166,19 +163,21 @@ def _integer_gemv_kernel(
     N, K, words_per_row, groups, supers, none,
     PAIRS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr,
     GATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, EVEN: tl.constexpr, EVEN_K: tl.constexpr,
-    OVERLAP: tl.constexpr, ASSEMBLY: tl.constexpr,
+    OVERLAP: tl.constexpr, ASSEMBLY: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Compute BLOCK_N outputs. EVEN: the words of a row fill whole steps of BLOCK_W; EVEN_K: and K fills the words."""
     RUNS: tl.constexpr = BLOCK_W // 4
     rows = weight_rows(N, GATE, BLOCK_N)
     column = tl.arange(0, BLOCK_W)
     if high_ptr is not None:
-        high_ptr += tl.multiple_of(none, 4)  # as many of its elements are loaded at once as of words
+        high_ptr += none * 4  # of 8 bytes, so that as many of its elements are loaded at once as of words
     words, high = load_words(w_ptr, high_ptr, rows, column, words_per_row, EVEN)
     wait_for_inputs(OVERLAP)
     acc = tl.zeros([BLOCK_N, RUNS], tl.float32)
     for first in range(0, words_per_row, BLOCK_W):
-        if first > 0:
+        if AHEAD:
+            next_words, next_high = load_words(w_ptr, high_ptr, rows, first + BLOCK_W + column, words_per_row, False)
+        elif first > 0:
             words, high = load_words(w_ptr, high_ptr, rows, first + column, words_per_row, EVEN)
         run = first // 4 + tl.arange(0, RUNS)
         scale, offset = _factors(
@@ -209,17 +208,17 @@ def _integer_gemv_kernel(
             if GROUP != 16:
                 sums += last_sums
         elif GROUP == 16:
-            first_low, first_high = _packed(q0, q2, q1, q3)
-            last_low, last_high = _packed(q4, q6, q5, q7)
+            first_even, first_odd = _packed(q0, q2, q1, q3)
+            last_even, last_odd = _packed(q4, q6, q5, q7)
             sums, last_sums = tl.inline_asm_elementwise(
-                _DOT_6, "=r,=r,=r,=r" + ",r" * 11, [words, high, first_low, first_high, last_low, last_high],
+                _DOT_6, "=r,=r,=r,=r" + ",r" * 11, [words, high, first_even, first_odd, last_even, last_odd],
                 dtype=(tl.int32, tl.int32), is_pure=True, pack=2,
             )  # fmt: skip
         else:
-            even_low, even_high = _packed(q0, q2, q4, q6)
-            odd_low, odd_high = _packed(q1, q3, q5, q7)
+            first_even, last_even = _packed(q0, q2, q4, q6)
+            first_odd, last_odd = _packed(q1, q3, q5, q7)
             sums = tl.inline_asm_elementwise(
-                _DOT, "=r,r,r,r,r,r", [words, even_low, even_high, odd_low, odd_high],
+                _DOT, "=r,r,r,r,r,r", [words, first_even, last_even, first_odd, last_odd],
                 dtype=tl.int32, is_pure=True, pack=1,
             )  # fmt: skip
         if GROUP == 16:
@@ -232,22 +231,33 @@ def _integer_gemv_kernel(
         else:
             first_x += last_x
         acc += scale * (_run_sums(sums, BLOCK_N, RUNS) * unit) + offset * (_run_sums(first_x, 1, RUNS) * unit)
+        if AHEAD:
+            words, high = next_words, next_high
     store_outputs(tl.sum(acc, 1), rows, bias_ptr, y_ptr, N, GATE, BLOCK_N)
 
 
 def takes_integers(weight: PackedWeight, dtype: torch.dtype) -> bool:
-    """Return True for what `integer_gemv` is fastest for: codes of 4 or 6 bits of matrices with many outputs.
+    """Return True for what `integer_gemv` is fastest for: codes of 6 bits; of 4 bits, if there are many outputs.
 
-    float32 would lose half of its digits. Fewer outputs are too few programs (docs/kernels.md).
+    With scales of scales, few outputs of 4 bits too. float32 would lose half of its digits (docs/kernels.md).
     """
-    if dtype.itemsize != 2 or weight.rows > 1 or len(weight.words) <= 4 * weight.k or not takes(weight):
+    if dtype.itemsize != 2 or weight.rows > 1 or not takes(weight):
         return False
-    return weight.group == 16 if weight.kind == "int6" else weight.kind == "int4" and weight.group % 32 == 0
+    if weight.kind == "int6":
+        return weight.group == 16
+    outputs, is_nested = len(weight.words), weight.supers is not None
+    is_fastest = outputs > 4 * weight.k or (is_nested and outputs <= weight.k)
+    return weight.kind == "int4" and weight.group % 32 == 0 and is_fastest
 
 
 def choose_tiling(weight: PackedWeight) -> IntegerGemvTiling:
-    """Pick tiles, as measured on an H200: a warp where the scales of groups have scales."""
-    return IntegerGemvTiling(8, 256, 2) if weight.supers is None else IntegerGemvTiling(8, 128, 1)
+    """Pick tiles, as measured on an H200: small ones where the scales of groups have scales."""
+    outputs, k = len(weight.words), weight.k
+    if weight.supers is None:
+        return IntegerGemvTiling(8, 256, 2)
+    if outputs <= k:
+        return IntegerGemvTiling(4, 256, 2, ahead=True)
+    return IntegerGemvTiling(4, 128, 1, ahead=True) if weight.kind == "int6" else IntegerGemvTiling(8, 128, 1)
 
 
 def integer_gemv(
@@ -273,6 +283,7 @@ def integer_gemv(
         x_1K, weight.words, scales, zeros, offsets, supers, high, bias_N, out_1N, n, k, words_per_row, *given.sizes, 0,
         weight.has_pairs, *given.constants[:2],
         GATES[gate], tiling.block_n, tiling.block_w, even, even and k == words_per_row * 8,
-        overlaps_launches(x_1K.device), not INTERPRETED, **launch_options(x_1K.device, tiling.num_warps, 1),
+        overlaps_launches(x_1K.device), not INTERPRETED, tiling.ahead,
+        **launch_options(x_1K.device, tiling.num_warps, 1),
     )  # fmt: skip
     return out_1N

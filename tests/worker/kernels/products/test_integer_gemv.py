@@ -9,12 +9,18 @@ from harness.kernels.kernel_checks import relative_error
 from harness.kernels.ptx import run_ptx
 from mgpu.protocol.checkpoint.quantized.gguf import GGUF_FORMATS
 from mgpu.protocol.model.weight_format import WeightFormat
-from mgpu.worker.kernels.products.integer_gemv import _DOT, _PACK, integer_gemv, takes_integers
+from mgpu.worker.kernels.products.integer_gemv import _DOT, _DOT_6, _PACK, integer_gemv, takes_integers
 from mgpu.worker.quantization.packing import PackedWeight, dequantize, pack_int4
 from mgpu.worker.quantization.random_packed import random_packed
 
 GPTQ = WeightFormat("4", 128, 1, 2, 1, source="GPTQ")
-FORMS = {"pairs": None, "GPTQ": GPTQ, "Q4_K": GGUF_FORMATS["Q4_K"], "Q4_0": GGUF_FORMATS["Q4_0"]}
+FORMS = {
+    "pairs": None,
+    "GPTQ": GPTQ,
+    "Q4_K": GGUF_FORMATS["Q4_K"],
+    "Q4_0": GGUF_FORMATS["Q4_0"],
+    "Q6_K": GGUF_FORMATS["Q6_K"],
+}
 
 
 def make(form: WeightFormat | None, outputs: int, inputs: int, device: torch.device) -> PackedWeight:
@@ -62,18 +68,39 @@ def test_zeros_give_zeros(device: torch.device) -> None:
     assert not integer_gemv(torch.zeros(1, 256, device=device), make(None, 16, 256, device)).any()
 
 
-def test_a_word_is_multiplied_by_integers_in_two_bytes() -> None:
+def packed(numbers: list[int]) -> list[int]:
+    """Return pairs of integers, of the parts 0 and 2, 4 and 6, 1 and 3, 5 and 7."""
+    found = []
+    for first in (0, 1):
+        given = {f"${2 + place}": numbers[2 * place + first] & 0xFFFFFFFF for place in range(4)}
+        pairs = run_ptx(_PACK.value, given)
+        found += [pairs["$0"], pairs["$1"]]
+    return found
+
+
+def test_a_word_is_multiplied_by_integers_of_16_bits() -> None:
     draw = random.Random(0)
     for _ in range(20):
         word, numbers = draw.getrandbits(32), [draw.randint(-32000, 32000) for _ in range(8)]
         codes = [word >> 4 * part & 15 for part in range(8)]
-        given = {"$1": word}
-        for first, names in ((0, ("$2", "$3")), (1, ("$4", "$5"))):
-            halves = {f"${2 + place}": numbers[2 * place + first] & 0xFFFFFFFF for place in range(4)}
-            packed = run_ptx(_PACK.value, halves)
-            given |= {names[0]: packed["$0"], names[1]: packed["$1"]}
+        given = {f"${index}": number for index, number in enumerate((word, *packed(numbers)), 1)}
         expected = sum(code * number for code, number in zip(codes, numbers, strict=True))
         assert run_ptx(_DOT.value, given)["$0"] == expected & 0xFFFFFFFF
+
+
+def test_the_halves_of_words_of_six_bits_are_multiplied_apart() -> None:
+    draw = random.Random(0)
+    for _ in range(20):
+        words, upper = [draw.getrandbits(32) for _ in range(2)], draw.getrandbits(32)
+        numbers = [[draw.randint(-32000, 32000) for _ in range(8)] for _ in words]
+        pairs = [packed(each) for each in numbers]
+        given = [*words, upper, *(pairs[word][place] for place in (0, 2, 1, 3) for word in range(2))]
+        found = run_ptx(_DOT_6.value, {f"${index}": number for index, number in enumerate(given, 4)})
+        for word in range(2):
+            codes = [words[word] >> 4 * part & 15 | (upper >> 16 * word + 2 * part & 3) << 4 for part in range(8)]
+            products = [code * number for code, number in zip(codes, numbers[word], strict=True)]
+            assert found[f"${word}"] == sum(products[:4]) & 0xFFFFFFFF
+            assert found[f"${2 + word}"] == sum(products[4:]) & 0xFFFFFFFF
 
 
 @pytest.mark.parametrize(
@@ -93,3 +120,9 @@ def test_integers_of_wide_matrices_with_narrow_activations_are_taken(
     wide, narrow = (random_packed(form, (rows,), 256, torch.Generator().manual_seed(0)) for rows in (1040, 1024))
     assert takes_integers(wide, dtype) is taken
     assert not takes_integers(narrow, dtype)
+
+
+def test_scales_of_scales_decide_too() -> None:
+    for name, outputs in (("Q4_K", (256, 1040)), ("Q6_K", (256, 512, 1040)), ("Q4_0", (1040,))):
+        weights = {n: random_packed(GGUF_FORMATS[name], (n,), 256, torch.Generator()) for n in (256, 512, 1040)}
+        assert tuple(n for n in weights if takes_integers(weights[n], torch.bfloat16)) == outputs
