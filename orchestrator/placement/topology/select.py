@@ -99,11 +99,22 @@ def _whole_layers(topology: Topology, rule: Rule, facts: ModelFacts) -> Iterator
         if len(found) == len(names):
             yield layer
         elif found:
-            raise PlacementError(
-                f"{topology.where(rule)}: matches {len(found)} of the {len(names)} tensors of layer {layer}, such as "
-                f"{found[0]}. A layer is on one device, or split over several: {layer}: {{device: "
-                f'"{"+".join(rule.devices)}"}} moves all of it. Only embedding and head can be elsewhere'
-            )
+            part = f"{len(found)} of the {len(names)} tensors of layer {layer}"
+            raise PlacementError(f"{topology.where(rule)}: matches {part}, {_way_out(rule, facts, layer, found)}")
+
+
+def _way_out(rule: Rule, facts: ModelFacts, layer: int, found: Sequence[str]) -> str:
+    """Return what else than a part of a layer can be elsewhere."""
+    where, last = "+".join(rule.devices), facts.num_layers - 1
+    if all(".experts." in name for name in found):
+        return (
+            f"its experts alone. They are where their layer is; the last layers can be elsewhere as a whole, such as "
+            f'{last}: {{device: "{where}"}}'
+        )
+    return (
+        f"such as {found[0]}. A layer is on one device, or split over several: {layer}: {{device: "
+        f'"{where}"}} moves all of it. Only embedding and head can be elsewhere'
+    )
 
 
 # -- formats -----------------------------------------------------------------------------------------------------------

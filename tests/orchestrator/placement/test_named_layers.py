@@ -98,6 +98,14 @@ def test_what_the_model_or_the_machine_lacks_is_refused(text: str, parts: list[s
     assert_has_all(refusal(text, gpus(80, 80, nccl=False)), "t.yaml", *parts)
 
 
+def test_experts_without_their_layer_are_refused_with_what_can_be_on_the_cpu() -> None:
+    with pytest.raises(PlacementError) as error:
+        planned(r'/mlp\.experts\./: {device: "cpu"}', gpus(80), EXPERTS)
+    assert_has_all(str(error.value), "24 of the", "tensors of layer 0, its experts alone", '3: {device: "cpu"}')
+    whole = planned('3: {device: "cpu"}', with_host(gpus(80)), EXPERTS)
+    assert shape(whole) == "0:0-3;1:3-4"
+
+
 def test_a_stage_that_does_not_split_and_contradicting_options_are_refused() -> None:
     three = '0-32: {device: "cuda[0]+cuda[1]+cuda[2]"}'
     assert_has_all(refusal(three, gpus(80, 80, 80)), "3 devices cannot split", "compatible sizes: 1, 2, 4")
