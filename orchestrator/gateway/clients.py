@@ -1,6 +1,7 @@
 """What clients send: in turns by account, a few milliseconds at a time, at a pace that leaves time to the streams."""
 
 import logging
+import os
 import time
 from collections.abc import Mapping
 
@@ -8,7 +9,7 @@ from mgpu.orchestrator.gateway.front.access import scope_to_key
 from mgpu.orchestrator.gateway.front.account import Account
 from mgpu.orchestrator.gateway.front.fair_turns import FairTurns
 from mgpu.orchestrator.gateway.front.inbox import GIVEN_UP, Inbox
-from mgpu.orchestrator.gateway.front.pace import CANCEL_S, CONNECTION_S, Modest, Pace
+from mgpu.orchestrator.gateway.front.pace import CANCEL_S, CONNECTION_S, Modest, Pace, share_beside_streams
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.front.socket import FrontSocket, Received, id_of
 from mgpu.orchestrator.gateway.requests.admission import ServedModel
@@ -68,7 +69,8 @@ class Clients:
         self._resumptions = resumptions
         self._outgoing = outgoing
         self._suspects = suspects
-        self._pace, self._modest = Pace(), modest
+        self._pace = Pace(share=share_beside_streams(len(os.sched_getaffinity(0))))
+        self._modest = modest
         self._inbox = Inbox(front, turns, self._on_client, charge=self._modest.charge)
         self._next_flush_s = 0.0
         self._lost_log, self._bug_log = BoundedLog(log, logging.INFO), BoundedLog(log, logging.ERROR)

@@ -3,7 +3,8 @@
 Turns by account divide the gateway's time between those who send messages. They do not leave any to the streams: on a
 machine with few cores every second that goes into refusing a flood is one that workers and engine lack. So the time for
 messages is earned, at a fifth of what passes, and what is earned and not spent is kept for a tenth of a second's worth
-of messages. Example: after a quiet while, a burst of 300 requests of 0.25 ms each is served at once. A flood is served
+of messages. Where there are fewer than three cores it is 15 % instead: each second of it is one that a worker lacks.
+Example: after a quiet while, a burst of 300 requests of 0.25 ms each is served at once. A flood is served
 for 0.1 s and then for 0.2 s of each second, in which its account gets the turns that others leave.
 
 While nothing may be spent, those who have cost little are served all the same (`Modest`): who floods has to wait for
@@ -16,7 +17,8 @@ works on requests that end before anything has come of them. So is a new connect
 import time
 from collections.abc import Callable
 
-SHARE = 0.2
+SHARE, SHARE_OF_FEW_CORES = 0.2, 0.15
+FEW_CORES = 2
 MOST_S = 0.1
 LEAST_S = 0.001
 """With less to spend, nothing is begun."""
@@ -32,6 +34,11 @@ CONNECTION_S = 0.0005
 """What it needs, and the gateway itself, for a new connection. With keys about 0.7 ms."""
 CANCEL_S = 0.0005
 """What the engine and the workers have done for a request that its client has begun and cancelled."""
+
+
+def share_beside_streams(num_cores: int) -> float:
+    """Return the part of the time that messages may take while requests run."""
+    return SHARE_OF_FEW_CORES if num_cores <= FEW_CORES else SHARE
 
 
 class Pace:

@@ -12,6 +12,7 @@ from mgpu.orchestrator.gateway.front.pace import (
     SHARE,
     Modest,
     Pace,
+    share_beside_streams,
 )
 
 
@@ -33,6 +34,10 @@ def test_a_flood_gets_its_burst_and_then_its_share() -> None:
         else:
             clock.now_s += pace.wait_s() + 1e-9
     assert spent_s == pytest.approx(10 * SHARE + MOST_S, rel=0.05)
+
+
+def test_messages_have_less_of_the_time_where_workers_lack_it() -> None:
+    assert [share_beside_streams(cores) for cores in (1, 2, 3, 64)] == [0.15, 0.15, 0.2, 0.2]
 
 
 def test_what_was_spent_beyond_is_waited_for() -> None:
