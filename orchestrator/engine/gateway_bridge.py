@@ -20,6 +20,7 @@ from mgpu.protocol.internal.gateway_messages import (
     DRAINING,
     DUPLICATE,
     Cancel,
+    Floods,
     GatewayReady,
     RecordQuery,
     RecordReply,
@@ -91,6 +92,7 @@ class GatewayBridge:
         for sequence_id in self._scheduler.live_ids():
             if not self._journal.knows(sequence_id):
                 self._scheduler.cancel(sequence_id, "cancelled")
+        self._scheduler.shares.floods = frozenset()
         self._journal.lose_clients()
         self._claim_deadline_s = None
 
@@ -100,7 +102,9 @@ class GatewayBridge:
         self.emit()
 
     def _take(self, message: object) -> None:
-        if self._life.state is ServerState.STARTING:
+        if isinstance(message, Floods):
+            self._scheduler.shares.floods = frozenset(message.owners)
+        elif self._life.state is ServerState.STARTING:
             if not isinstance(message, GatewayReady | StateKnown):
                 log.warning("ignored %s: the engine is not ready", type(message).__name__)
         elif isinstance(message, Submit):

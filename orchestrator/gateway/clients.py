@@ -16,6 +16,7 @@ from mgpu.orchestrator.gateway.requests.admission import ServedModel
 from mgpu.orchestrator.gateway.requests.outgoing import Outgoing
 from mgpu.orchestrator.gateway.requests.prompts import Prompts
 from mgpu.orchestrator.gateway.requests.queries import Queries
+from mgpu.orchestrator.gateway.requests.quota import account_number
 from mgpu.orchestrator.gateway.requests.request_handler import RequestHandler
 from mgpu.orchestrator.gateway.requests.resume import Resumptions
 from mgpu.orchestrator.gateway.suspects import Suspects
@@ -34,6 +35,7 @@ from mgpu.protocol.front.client_messages import (
 from mgpu.protocol.front.fields import FieldError
 from mgpu.protocol.front.framing import WireError
 from mgpu.protocol.front.server_messages import Failed
+from mgpu.protocol.internal.gateway_messages import Floods
 from mgpu.protocol.internal.process.bounded_log import BoundedLog
 
 TURN_S = 0.004
@@ -50,7 +52,6 @@ class Clients:
         self,
         front: FrontSocket,
         turns: FairTurns[Received],
-        modest: Modest,
         requests: RequestHandler,
         model: ServedModel,
         prompts: Prompts,
@@ -70,7 +71,8 @@ class Clients:
         self._outgoing = outgoing
         self._suspects = suspects
         self._pace = Pace(share=share_beside_streams(len(os.sched_getaffinity(0))))
-        self._modest = modest
+        self._modest = Modest()
+        self._told_floods: list[int] = []
         self._inbox = Inbox(front, turns, self._on_client, charge=self._modest.charge)
         self._next_flush_s = 0.0
         self._lost_log, self._bug_log = BoundedLog(log, logging.INFO), BoundedLog(log, logging.ERROR)
@@ -116,6 +118,13 @@ class Clients:
             self._modest.charge(account.owner, cost_s)
             if len(self._table):
                 self._pace.spend(cost_s)
+
+    def tell_floods(self) -> None:
+        """Tell the engine whose messages take much time, if that has changed."""
+        floods = sorted(map(account_number, self._modest.floods()))
+        if floods != self._told_floods:
+            self._told_floods = floods
+            self._outgoing.to_engine(Floods(floods))
 
     def _take_cost_s(self) -> float:
         """Return what libzmq has done for what was read and for new connections since the last call."""

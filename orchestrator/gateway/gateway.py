@@ -25,7 +25,6 @@ import zmq
 
 from mgpu.orchestrator.gateway.clients import Clients
 from mgpu.orchestrator.gateway.front.fair_turns import FairTurns
-from mgpu.orchestrator.gateway.front.pace import Modest
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.front.socket import FrontSocket, Received
 from mgpu.orchestrator.gateway.memory_limit import MemoryFull, MemoryLimit
@@ -88,8 +87,7 @@ class Gateway:
         self._table = RequestTable(self._quota)
         self._outgoing = Outgoing(front, link)
         self._suspects = Suspects(spec, self._outgoing)
-        modest = Modest()
-        self._requests = RequestHandler(self._model, self._table, self._outgoing, modest.has)
+        self._requests = RequestHandler(self._model, self._table, self._outgoing)
         self._encoders = EncoderProcesses(spec.model_path, spec.model_format, spec.vocab_size)
         prompts = Prompts(self._requests, background, self._encoders, spec.vocab_size)
         self._queries = Queries(
@@ -100,7 +98,6 @@ class Gateway:
         self._clients = Clients(
             front,
             turns,
-            modest,
             self._requests,
             self._model,
             prompts,
@@ -269,4 +266,5 @@ class Gateway:
         self._queries.give_up_overdue(now)
         self._resumptions.give_up_overdue(now)
         self._resumptions.drop_orphans(now)
+        self._clients.tell_floods()
         self._clients.drop_lost()

@@ -1,7 +1,7 @@
 """How much an owner may run beside others, so that nobody's streams become much slower by it.
 
 Owners are the first numbers of accounts (fair_queue.py). An owner has few sequences if those that run and those in line
-are at most `FEW`, and none that runs came with a flood of messages: who keeps the gateway busy takes less of the steps.
+are at most `FEW`, and its messages no flood: who keeps the gateway busy takes less of the steps.
 While sequences of several owners run,
 
 - an owner may decode so many tokens in a step that it takes `SLOWER` times as long as with those of the others alone
@@ -66,6 +66,8 @@ class RunningShares:
         """How many sequences of an owner are in line."""
         self.in_line: Callable[[], set[int]] = set
         """The owners that are in line and not held."""
+        self.floods: frozenset[int] = frozenset()
+        """The owners whose messages keep the gateway busy."""
         self.clear()
 
     def clear(self) -> None:
@@ -74,7 +76,6 @@ class RunningShares:
         """By owner, and so are the others."""
         self._num_running: dict[int, int] = {}
         """Sequences, whatever they cost."""
-        self._num_from_floods: dict[int, int] = {}
         self._decoding: dict[int, int] = {}
         """Of that, what decodes or will, when its prompt is computed."""
         self._decoding_ids: set[int] = set()
@@ -121,7 +122,6 @@ class RunningShares:
         owner = seq.account[0]
         self._add(self._running, owner, seq.token_cost)
         self._add(self._num_running, owner, 1)
-        self._add(self._num_from_floods, owner, int(seq.is_from_flood))
         if seq.max_len > len(seq.tokens) + 1:
             self._decoding_ids.add(seq.sequence_id)
             self._add(self._decoding, owner, seq.token_cost)
@@ -161,7 +161,6 @@ class RunningShares:
         owner = seq.account[0]
         self._add(self._running, owner, -seq.token_cost)
         self._add(self._num_running, owner, -1)
-        self._add(self._num_from_floods, owner, -int(seq.is_from_flood))
         self.extra_cost -= seq.token_cost - 1
         if seq.sequence_id in self._stream_ids:
             self._stream_ids.discard(seq.sequence_id)
@@ -247,7 +246,7 @@ class RunningShares:
         return self._kept.get(owner, KEPT_STEPS * self._prompt_room_of(owner))
 
     def _has_few(self, owner: int) -> bool:
-        return owner not in self._num_from_floods and self._num_running.get(owner, 0) + self.num_waiting(owner) <= FEW
+        return owner not in self.floods and self._num_running.get(owner, 0) + self.num_waiting(owner) <= FEW
 
     def _prompt_room_of(self, owner: int) -> int:
         if self._has_few(owner):

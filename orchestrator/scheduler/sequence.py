@@ -33,8 +33,6 @@ class Sequence:
     """The shares of the parts of that path."""
     token_cost: int = 1
     """What one of its tokens counts for; see `token_cost_of`."""
-    is_from_flood: bool = False
-    """Its owner keeps the gateway busy; see running_shares.py."""
     submitted_s: float = 0.0
     """When it came, by the engine's clock."""
 
@@ -88,7 +86,6 @@ class Sequence:
             account=tuple(submit.account),
             weights=tuple(submit.weights),
             token_cost=token_cost_of(submit.sampling),
-            is_from_flood=submit.is_from_flood,
         )
 
     def forget_workers(self) -> None:

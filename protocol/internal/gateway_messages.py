@@ -127,8 +127,6 @@ class Submit:
     """For each part of the path, its share while others wait too."""
     num_emitted: int = 0
     """How many of the last ``token_ids`` are no prompt but the beginning of the answer, emitted by another server."""
-    is_from_flood: bool = False
-    """True if its owner's messages take more than a small part of the gateway's time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +255,14 @@ class WakeUp:
 
 
 @dataclass(frozen=True, slots=True)
+class Floods:
+    """From the gateway: whose messages take more than a small part of its time now. Sent when that has changed."""
+
+    owners: list[int]
+    """The first numbers of accounts, as in `Submit`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Cleared:
     """From the gateway: it has handled a message that an earlier gateway had died of."""
 
@@ -288,6 +294,7 @@ LINK = Codec(
     Alive,
     StateKnown,
     WakeUp,
+    Floods,
     Cleared,
     Vocabulary,
 )

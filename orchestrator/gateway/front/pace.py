@@ -75,6 +75,8 @@ class Modest:
         self._pace = Pace(clock_s, MODEST_SHARE)
         self._costs: dict[str, Pace] = {}
         """Of each owner who has cost anything lately."""
+        self._floods: set[str] = set()
+        """Who has cost much, until all of that is paid for."""
         self._next_s = self._next_sweep_s = 0.0
 
     def wait_s(self) -> float:
@@ -93,9 +95,21 @@ class Modest:
             found = self._costs[owner] = Pace(self._clock_s, OWN_SHARE, MOST_OWN_S)
         found.left_s()
         found.spend(seconds)
+        if found.left_s() <= 0:
+            self._floods.add(owner)
+        self._sweep()
+
+    def floods(self) -> list[str]:
+        """Return the owners that have cost much, and have not been quiet since."""
+        self._sweep()
+        return list(self._floods)
+
+    def _sweep(self) -> None:
+        """Forget who owes nothing any more, from time to time."""
         if (now_s := self._clock_s()) >= self._next_sweep_s:
             self._next_sweep_s = now_s + MOST_OWN_S / OWN_SHARE
             self._costs = {name: each for name, each in self._costs.items() if each.left_s() < MOST_OWN_S}
+            self._floods &= self._costs.keys()
 
     def has(self, owner: str) -> bool:
         """Return whether an owner has cost little."""

@@ -2,8 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
 from mgpu.orchestrator.gateway.front.socket import Received
@@ -32,16 +31,8 @@ log = logging.getLogger(__name__)
 class RequestHandler:
     """Handles whatever happens to a request. Those in flight are in ``table``."""
 
-    def __init__(
-        self,
-        model: ServedModel,
-        table: RequestTable,
-        outgoing: Outgoing,
-        has_cost_little: Callable[[str], bool] = lambda _owner: True,
-    ) -> None:
-        """``has_cost_little``: whether the messages of an owner have taken little time lately."""
+    def __init__(self, model: ServedModel, table: RequestTable, outgoing: Outgoing) -> None:
         self.table = table
-        self._has_cost_little = has_cost_little
         self._model = model
         self._quota = table.quota
         self._outgoing = outgoing
@@ -103,8 +94,6 @@ class RequestHandler:
         """
         spec, share = request.spec, self._share_of(request)
         accepted, submits = admit(self._model, spec, prompt, self._next_sequence, share, grammar)
-        if not self._has_cost_little(request.owner):
-            submits = [replace(each, is_from_flood=True) for each in submits]
         if spec.show_markers:
             accepted = self._model.with_format(accepted, opens_reasoning)
         self._next_sequence += len(submits)

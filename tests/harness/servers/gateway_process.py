@@ -27,6 +27,7 @@ from mgpu.protocol.internal.gateway_messages import (
     Alive,
     Cancel,
     EngineInfo,
+    Floods,
     GatewayFailure,
     GatewayReady,
     GatewaySpec,
@@ -134,6 +135,8 @@ class FakeEngine:
     signs_of_life: int = 0
     known_state: str = ""
     """The last that the gateway has said to act on."""
+    floods: list[int] = field(default_factory=list)
+    """Who floods, as the gateway has said last."""
     error: str = ""
     """Set: the next step ends every sequence with this error."""
     portion: int = 1000
@@ -217,6 +220,8 @@ class FakeEngine:
                     self._send(link, StatsReply(message.query_id, {"running": float(len(self._running)), **self.stats}))
             elif isinstance(message, Alive):
                 self.signs_of_life += 1
+            elif isinstance(message, Floods):
+                self.floods = message.owners
             elif isinstance(message, StateKnown):
                 self.known_state = message.state
             else:

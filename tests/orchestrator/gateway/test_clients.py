@@ -5,7 +5,6 @@ from typing import Any, cast
 from mgpu.orchestrator.gateway.clients import Clients
 from mgpu.orchestrator.gateway.front.account import Account
 from mgpu.orchestrator.gateway.front.fair_turns import FairTurns
-from mgpu.orchestrator.gateway.front.pace import Modest
 
 FLOOD, OTHER = Account("pid:1", "flood"), Account("pid:2", "other")
 
@@ -20,7 +19,7 @@ class Requests:
 def clients_beside(num_requests: int) -> tuple[Clients, FairTurns[Any]]:
     turns: FairTurns[Any] = FairTurns()
     others = [cast("Any", None)] * 6
-    return Clients(cast("Any", None), turns, Modest(), cast("Any", Requests(num_requests)), *others), turns
+    return Clients(cast("Any", None), turns, cast("Any", Requests(num_requests)), *others), turns
 
 
 def test_later_work_is_spent_from_the_time_for_messages() -> None:

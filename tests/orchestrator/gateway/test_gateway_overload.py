@@ -11,6 +11,7 @@ import zmq
 
 from harness.servers.gateway_process import DEADLINE_S, GatewayProcess, assert_serves
 from harness.servers.raw_peer import RawPeer
+from harness.waiting import eventually
 from mgpu import Client
 from mgpu.orchestrator.gateway.requests.quota import MAX_QUESTIONS_OF_ACCOUNT, MAX_RETRY_S, MIN_RETRY_S
 from mgpu.protocol.internal.client_limits import ClientLimits
@@ -104,6 +105,20 @@ def test_the_scheduler_is_told_whose_a_sequence_is_and_its_share(gateway: Gatewa
     assert paths[0] == paths[1] == paths[2] != paths[3]
     assert paths[2][0] == paths[3][0], "both connections are of this process"
     assert all(submit.weights == [4.0, 1.0] for submit in gateway.engine.submits)
+
+
+def test_the_engine_knows_who_floods_as_long_as_that_goes_on(gateway: GatewayProcess, peers: list[RawPeer]) -> None:
+    peers[0].say(type="generate", id=1, prompt_ids=[5], max_tokens=1)
+    gateway.engine.wait(lambda: bool(gateway.engine.submits))
+    [owner] = {submit.account[0] for submit in gateway.engine.submits}
+
+    def floods() -> bool:
+        for number in range(500):
+            peers[1].say(type="cancel", id=number)
+        return gateway.engine.floods == [owner]
+
+    eventually(floods)
+    gateway.engine.wait(lambda: not gateway.engine.floods)
 
 
 def test_new_limits_hold_without_a_restart(gateway: GatewayProcess, peers: list[RawPeer]) -> None:

@@ -39,21 +39,12 @@ class Server:
         self.rows: dict[int, int] = {}
         self.ended: list[int] = []
 
-    def submit(
-        self,
-        owner: int,
-        prompt: int = 4,
-        max_tokens: int = 400,
-        sampling: RowSampling | None = None,
-        is_from_flood: bool = False,
-    ) -> int:
+    def submit(self, owner: int, prompt: int = 4, max_tokens: int = 400, sampling: RowSampling | None = None) -> int:
         number = len(self.owner_of)
         self.owner_of[number] = owner
         ids = array("i", [number % 50 + 1, *random.Random(number).choices(range(1, 90), k=prompt - 1)]).tobytes()
         row = sampling or RowSampling()
-        self.scheduler.submit(
-            Submit(number, ids, max_tokens, [], row, b"", 0, [owner, number], [1.0, 1.0], 0, is_from_flood)
-        )
+        self.scheduler.submit(Submit(number, ids, max_tokens, [], row, b"", 0, [owner, number], [1.0, 1.0]))
         return number
 
     def step(self) -> dict[int, int]:
@@ -172,15 +163,20 @@ def test_a_long_line_fills_no_half_of_a_step_beside_an_owner_with_few() -> None:
 def test_who_floods_the_gateway_has_no_equal_share_of_the_steps(first: int) -> None:
     """Twenty requests of a flood had half of each step, and the streams beside them waited for each other."""
     server = Server(room=1)
+    server.scheduler.shares.floods = frozenset({OTHER})
     for owner in (first, HONEST + OTHER - first):
         for _ in range(20):
-            server.submit(owner, is_from_flood=owner == OTHER)
+            server.submit(owner)
         server.step()
     for _ in range(20):
         server.step()
     last = server.step()
     assert last[HONEST] == server.running(HONEST) == 20
     assert last[OTHER] <= LEAST_AT_ONCE
+    server.scheduler.shares.floods = frozenset()
+    for _ in range(40):
+        server.step()
+    assert server.step()[OTHER] == server.running(OTHER) == 20
 
 
 def test_an_owner_alone_has_no_bound_and_others_find_none_when_it_has_gone() -> None:

@@ -36,6 +36,18 @@ def test_a_flood_gets_its_burst_and_then_its_share() -> None:
     assert spent_s == pytest.approx(10 * SHARE + MOST_S, rel=0.05)
 
 
+def test_a_flood_is_one_until_all_of_it_is_paid_for() -> None:
+    clock = Clock()
+    modest = Modest(clock)
+    modest.charge("modest", MOST_OWN_S / 2)
+    modest.charge("flood", 2 * MOST_OWN_S)
+    assert modest.floods() == ["flood"]
+    clock.now_s += 1.1 * MOST_OWN_S / OWN_SHARE
+    assert (modest.has("flood"), modest.floods()) == (True, ["flood"]), "it owes nothing, and may go on in a moment"
+    clock.now_s += MOST_OWN_S / OWN_SHARE
+    assert modest.floods() == []
+
+
 def test_messages_have_less_of_the_time_where_workers_lack_it() -> None:
     assert [share_beside_streams(cores) for cores in (1, 2, 3, 64)] == [0.15, 0.15, 0.2, 0.2]
 

@@ -131,18 +131,6 @@ def test_a_request_that_fails_while_it_is_submitted_is_not_waited_for(monkeypatc
     assert len(gateway.cancelled) == 2
 
 
-@pytest.mark.parametrize("session", [None, "s"])
-def test_the_engine_is_told_of_requests_that_came_with_a_flood(session: str | None) -> None:
-    gateway = ResumingGateway()
-    requests = cast("Any", gateway.resumptions)._requests
-    requests._has_cost_little = lambda owner: owner != "pid:2"
-    for number, owner in enumerate(["pid:1", "pid:2"]):
-        spec = Generate(number, prompt_ids=int32_bytes([1, 2]), session=session, max_tokens=3, n=2)
-        requests.admit(Request(A, spec, 0.0, None, owner=owner), spec.prompt_ids)
-    submits = [each for sent in gateway.sent_to_engine for each in getattr(sent, "submits", [sent])]
-    assert [each.is_from_flood for each in submits] == [False, False, True, True]
-
-
 def test_the_input_of_a_request_that_was_submitted_is_not_kept() -> None:
     gateway = ResumingGateway()
     prompt = int32_bytes([1, 2])
