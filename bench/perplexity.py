@@ -15,8 +15,8 @@ Q4_K_M is that format already, so that its "float32" is llama.cpp's quality.
 "packed" is a GGUF file as a CPU server holds it in bfloat16: 4-bit matrices by torch's kernels for them, others dense.
 "8-bfloat16" and "4-bfloat16" are `--quant` with these kernels. All other formats widen the file to dense weights first.
 
-"fp8" is weight-only, as on the CPU; "fp8-w8a8" rounds the activations of linear layers too, as GPUs with float8
-products do for many rows.
+"fp8" and "8" are weight-only, as on the CPU. "fp8-w8a8" rounds the activations of linear layers too, as GPUs with
+float8 products do for many rows; "8-integers" rounds them to 16 bits, as Hopper does; "8-w8a8" would round them to 8.
 """
 
 # T tokens of a window, V vocabulary, O outputs, I inputs of a matrix, E inputs of a group
@@ -44,7 +44,8 @@ from mgpu.protocol.model.quantization import INT4_GROUP, Quant, weight_format
 from mgpu.worker.layers.linear import Linear
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.models.build import DecoderStage, build_stage
-from mgpu.worker.quantization.float8_rows import round_rows
+from mgpu.worker.quantization.float8_rows import SMALLEST, round_rows
+from mgpu.worker.quantization.integer_rows import round_integers
 from mgpu.worker.quantization.packing import dequantize
 from mgpu.worker.quantization.quantize import quantize
 from mgpu.worker.ranks.collectives import SingleRank
@@ -67,6 +68,17 @@ def searched(weight_OI: Tensor) -> Tensor:
 def float8(weight_OI: Tensor) -> Tensor:
     """Round as `--quant fp8` does."""
     return dequantize(quantize(weight_OI, weight_format("fp8")), torch.float32)
+
+
+def int8(weight_OI: Tensor) -> Tensor:
+    """Round as `--quant 8` does."""
+    return dequantize(quantize(weight_OI, weight_format("8")), torch.float32)
+
+
+def octets(x_TI: Tensor) -> Tensor:
+    """Round rows to integers of 8 bits, the largest of each at 127."""
+    scale_T1 = x_TI.abs().amax(1, keepdim=True).clamp_(min=SMALLEST) / 127
+    return (x_TI / scale_T1).round_().mul_(scale_T1)
 
 
 def plain(weight_OI: Tensor) -> Tensor:
@@ -110,7 +122,8 @@ class Format:
     quant: Quant = "none"
     rounding: Rounding | None = None
     kv_cache_dtype: KvCacheDtype = "auto"
-    rounds_inputs: bool = False
+    rounds_inputs: Rounding | None = None
+    """What is done to the rows that linear layers multiply."""
     is_packed: bool = False
     """True if matrices are held as a CPU server does."""
 
@@ -126,7 +139,9 @@ FORMATS = {
     "q8_0": Format(rounding=q8_0),
     "8-kv-fp8": Format(quant="8", kv_cache_dtype="fp8"),
     "fp8": Format(quant="fp8"),
-    "fp8-w8a8": Format(rounding=float8, rounds_inputs=True),
+    "fp8-w8a8": Format(rounding=float8, rounds_inputs=round_rows),
+    "8-integers": Format(rounding=int8, rounds_inputs=round_integers),
+    "8-w8a8": Format(rounding=int8, rounds_inputs=octets),
     "4": Format(quant="4"),
     "4-shifted": Format(rounding=regrouped(shifted, searched)),
     "4-shuffled": Format(rounding=regrouped(shuffled, searched)),
@@ -136,13 +151,13 @@ FORMATS = {
 
 
 class RoundedInputs:
-    """Multiplies as a layer does, after its inputs went through float8."""
+    """Multiplies as a layer does, after its inputs were rounded."""
 
-    def __init__(self, layer: Linear) -> None:
-        self._multiply = layer._multiply
+    def __init__(self, layer: Linear, rounding: Rounding) -> None:
+        self._multiply, self._round = layer._multiply, rounding
 
     def __call__(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-        return self._multiply(round_rows(x_TI), weight_OI, bias_O)
+        return self._multiply(self._round(x_TI), weight_OI, bias_O)
 
 
 def load(checkpoint: Checkpoint, form: Format) -> DecoderStage:
@@ -217,9 +232,9 @@ def measure(checkpoint: Checkpoint, windows: list[list[int]], name: str) -> dict
     form = FORMATS[name]
     began_s = time.monotonic()
     stage = load(checkpoint, form)
-    if form.rounds_inputs:
+    if form.rounds_inputs is not None:
         for layer in linear_layers(stage):
-            layer._multiply = RoundedInputs(layer)
+            layer._multiply = RoundedInputs(layer, form.rounds_inputs)
     loaded_s = time.monotonic()
     kept = stored_dtype(form.kv_cache_dtype, form.dtype)
     nll = torch.cat([negative_log_likelihoods(stage, each, kept) for each in windows])

@@ -144,6 +144,7 @@ KERNEL_MODULES = tuple(
         "products.integer_gemv",
         "layers.gates",
         "layers.head_values",
+        "layers.integer_rows",
         "layers.norm",
         "linear.convolve",
         "linear.project",
@@ -160,6 +161,7 @@ KERNEL_MODULES = tuple(
         "peers.two_shot",
         "products.warpgroup.gemm",
         "products.warpgroup.float8_gemm",
+        "products.warpgroup.integer_gemm",
     )
 )
 

@@ -28,6 +28,7 @@ from mgpu.worker.kernels.attention.latent_prefill import ContextPiece, PromptRow
 from mgpu.worker.kernels.attention.prefill import prefill_attention
 from mgpu.worker.kernels.experts.choose import ExpertStacks, RouterWeights, sparse_mlp
 from mgpu.worker.kernels.layers.float8_codes import quantize_spans
+from mgpu.worker.kernels.layers.integer_rows import integer_rows
 from mgpu.worker.kernels.products.choose import quantized_matmul
 from mgpu.worker.kernels.products.dequantize import dequantize_packed
 from mgpu.worker.kernels.products.quantized_gemm import quantized_gemm
@@ -104,6 +105,14 @@ def multiply_float8_words(form: WeightFormat, rows: int) -> None:
     float8_words_gemm(x, weight, workspace=Workspace.create(CPU))
 
 
+def multiply_integers(rows: int, splits: int) -> None:
+    from mgpu.worker.kernels.products.warpgroup.integer_gemm import integer_gemm
+
+    weight = random_packed(WeightFormat("8"), (128,), 1024, torch.Generator().manual_seed(0))
+    x = integer_rows(torch.zeros(rows, 1024, dtype=BF16))
+    integer_gemm(x, weight, splits=splits, workspace=Workspace.create(CPU))
+
+
 def dequantize(form: WeightFormat) -> None:
     dequantize_packed(random_packed(form, (64, 64), 256, torch.Generator().manual_seed(0)), BF16)
 
@@ -154,6 +163,7 @@ WARPGROUPS: tuple[Case, ...] = (
     (multiply_words, (WeightFormat("4", 128, 1, 2, 1, False, "groups"), 64, 128)),
     (multiply_float8_words, (WeightFormat("4", 32, 1, 2, 1, False, "groups"), 300)),
     *((multiply_words, (GGUF_FORMATS[name], 8, 128)) for name in ("Q6_K", "Q2_K", "IQ4_XS")),
+    (multiply_integers, (300, 2)),
 )
 
 

@@ -17,7 +17,7 @@ from mgpu.worker.kernels.products.group_parts import takes
 from mgpu.worker.kernels.products.integer_gemv import integer_gemv, takes_integers
 from mgpu.worker.kernels.products.quantized_gemm import quantized_gemm
 from mgpu.worker.kernels.products.quantized_gemv import quantized_gemv
-from mgpu.worker.kernels.products.warpgroup import blocks_trial, float8_trial
+from mgpu.worker.kernels.products.warpgroup import blocks_trial, float8_trial, integer_trial
 from mgpu.worker.kernels.products.warpgroup.trial import WordsProduct, span_of, takes_words, words_product
 from mgpu.worker.quantization.float8_rows import BLOCK
 from mgpu.worker.quantization.packing import PackedWeight
@@ -39,6 +39,8 @@ def try_products(device: torch.device, form: WeightFormat) -> None:
         float8_trial.float8_words_product(device)
     if name := blocks_trial.type_in(form):
         blocks_trial.blocks_product(device, name)
+    if form.quant == "8" and not form.group:
+        integer_trial.integer_product(device)
 
 
 def matmul(x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -59,6 +61,10 @@ def quantized_matmul(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None =
         return _group_matmul(x_TI, weight, bias_O)
     if rows == 1:
         return quantized_gemv(x_TI, weight, bias_N=bias_O)
+    if rows >= integer_trial.LEAST_ROWS and integer_trial.takes_octets(weight, x_TI.dtype):
+        product = integer_trial.integer_product(weight.words.device)
+        if product is not None:
+            return product(x_TI, weight, bias_O)
     if rows <= GEMM_ROWS[weight.kind]:
         return quantized_gemm(x_TI, weight, bias_N=bias_O)
     return F.linear(x_TI, dequantize_packed(weight, x_TI.dtype), bias_O)
