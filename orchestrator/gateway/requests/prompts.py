@@ -29,8 +29,9 @@ INLINE_CHARS = 2048
 """Longer prompts go to another process."""
 INLINE_IDS = 256
 """More token ids are turned into text in another process."""
-SLOW_S = 0.05
-"""If a short prompt takes longer, all further ones go to another process too. Who has such a text there is slow."""
+SLOW_S, QUICK_S = 0.05, 0.02
+"""If a short prompt takes longer, all further ones go to another process too. Who has such a text there is slow, until
+one takes less than the second: whose texts take about as long as the first would else be both in turns."""
 MOST_SLOW = 4096
 """Owners that are remembered as slow."""
 
@@ -122,8 +123,10 @@ class Prompts:
         self._running_of[owner] -= 1
         if not self._running_of[owner]:
             del self._running_of[owner]
-        if cpu_s < SLOW_S:
+        if cpu_s < QUICK_S:
             self._slow.discard(owner)
+        elif cpu_s < SLOW_S:
+            return
         elif len(self._slow) < MOST_SLOW or owner in self._slow:
             self._slow.add(owner)
         else:

@@ -13,7 +13,7 @@ from harness.servers.resuming_gateway import A, B, ResumingGateway, record
 from mgpu.orchestrator.gateway.front.fair_turns import FairTurns
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.requests import request_handler
-from mgpu.orchestrator.gateway.requests.prompts import Prompts
+from mgpu.orchestrator.gateway.requests.prompts import SLOW_S, Prompts
 from mgpu.orchestrator.gateway.requests.request import Request
 from mgpu.orchestrator.gateway.text.processes.background import NUM_THREADS
 from mgpu.orchestrator.gateway.text.processes.encoder_messages import TextTask
@@ -170,5 +170,7 @@ def test_an_owner_with_slow_texts_leaves_a_process_to_others() -> None:
     finish(1.0)
     assert [(str(task.prompt)[:5], task.is_slow) for task, _ in started] == [("other", False), ("slow ", True)]
     finish(0.001)
+    finish(SLOW_S - 0.001)
+    assert len(started) == 1, "nearly as slow is no reason to have both"
     finish(0.001)
     assert len(started) == 2, "quick texts have all processes"
