@@ -36,7 +36,7 @@ WALL_LIMIT_S = 20.0
 """Longer, for machines with too few cores for all that runs."""
 MEMORY_BYTES = 1 << 30
 MOST_IDLE = 2
-"""Processes that wait for work; beyond it those for slow owners are ended first."""
+"""Processes that wait for work, of both kinds together: one of each, once both have been needed."""
 START_LIMIT_S = 60.0
 FORK_LIMIT_S = 10.0
 
@@ -98,7 +98,7 @@ class EncoderProcesses:
         """End processes that wait for work while there are more than are ever used at once."""
         with suppress(IndexError):
             while sum(map(len, self._idle.values())) > MOST_IDLE:
-                self._idle[bool(self._idle[True])].popleft()
+                max(self._idle.values(), key=len).popleft()
 
     def _take_idle(self, is_slow: bool) -> "_Encoder | None":
         """Return a process that waits for work. One that has ended meanwhile must not cost the next text."""

@@ -161,15 +161,14 @@ def test_texts_of_slow_owners_come_after_those_of_others(make: Make) -> None:
     assert sorted(each.nice() for each in helpers()) == [usual, usual, slow], "that of the loader, and one for each"
 
 
-def test_processes_for_slow_owners_are_ended_first(make: Make) -> None:
+def test_a_slow_owner_needs_no_new_process_for_each_text(make: Make) -> None:
     encoders = make()
     encoders.do(replace(chat("slow"), is_slow=True))
     quick = [encoders._fork() for _ in range(module.MOST_IDLE)]
     encoders._idle[False].extend(quick)
-    encoders._end_surplus()
-    assert (list(encoders._idle[False]), list(encoders._idle[True])) == (quick, [])
+    [slow] = encoders._idle[True]
     encoders.do(replace(chat("slow"), is_slow=True))
-    assert sum(map(len, encoders._idle.values())) == module.MOST_IDLE
+    assert (list(encoders._idle[False]), list(encoders._idle[True])) == (quick[1:], [slow])
 
 
 def test_processes_that_somebody_has_killed_are_replaced(make: Make) -> None:
