@@ -131,6 +131,12 @@ def multiply_experts(form: WeightFormat) -> None:
     sparse_mlp(torch.zeros(rows, 256, dtype=BF16), router, ExpertStacks(stacks[0], stacks[1], 0, "silu"))
 
 
+def multiply_dense_experts(tokens: int) -> None:
+    gate_up, down = torch.zeros(1, 512, 256, dtype=BF16), torch.zeros(1, 256, 256, dtype=BF16)
+    router = RouterWeights(torch.zeros(1, 256, dtype=BF16), 1, True)
+    sparse_mlp(torch.zeros(tokens, 256, dtype=BF16), router, ExpertStacks(gate_up, down, 0, "silu"))
+
+
 Case = tuple[Callable[..., None], tuple[Any, ...]]
 SIZES: tuple[Case, ...] = (
     (attend, ("decode", 128, 64, BF16)),
@@ -147,6 +153,7 @@ SIZES: tuple[Case, ...] = (
     *((multiply_groups, (GGUF_FORMATS[kind], rows)) for kind in ("Q4_K", "Q6_K") for rows in (1, 16)),
     (multiply_groups, (WeightFormat("8", 32, 1, 2, source="groups"), 64)),
     (multiply_experts, (GGUF_FORMATS["Q6_K"],)),
+    (multiply_dense_experts, (128,)),
 )
 """The largest tiles of each kernel."""
 FLOAT8: tuple[Case, ...] = (

@@ -10,6 +10,8 @@ import torch
 
 from mgpu.worker.kernels.attention import decode as decode_attention
 from mgpu.worker.kernels.attention import prefill as prefill_attention
+from mgpu.worker.kernels.experts import choose as experts
+from mgpu.worker.kernels.experts import grouped
 from mgpu.worker.kernels.products import quantized_gemm
 from mgpu.worker.quantization.packing import WeightKind
 
@@ -44,6 +46,18 @@ def test_prefill_attention_has_smaller_tiles_for_wide_heads_where_memory_is_smal
 @pytest.mark.parametrize(("shared", "block_m"), [(HOPPER_BYTES, 64), (AMPERE_BYTES, 32), (ADA_BYTES, 32)], ids=str)
 def test_prefill_attention_has_smaller_tiles_for_heads_of_512(shared: int, block_m: int) -> None:
     assert prefill_attention.choose_tiling(512, 64, torch.bfloat16, shared).block_m == block_m
+
+
+@pytest.mark.parametrize(
+    ("shared", "bulk", "stages"),
+    [(HOPPER_BYTES, True, 4), (HOPPER_BYTES, False, 4), (AMPERE_BYTES, False, 4), (ADA_BYTES, False, 3)],
+    ids=str,
+)
+def test_products_of_many_rows_of_experts_have_as_many_stages_as_fit(shared: int, bulk: bool, stages: int) -> None:
+    down = experts.choose_tiles(128.0, torch.bfloat16).down
+    step_bytes = 2 * (128 + down.block_n) * down.block_k
+    assert grouped.fitting_stages(down, step_bytes, bulk, shared) == stages
+    assert step_bytes * (stages - (not bulk)) <= shared
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8", "int4"])

@@ -28,6 +28,7 @@ from mgpu.worker.kernels.runtime import (
     launch_options,
     overlaps_launches,
     power_of_2,
+    shared_bytes,
     wait_for_inputs,
 )
 
@@ -127,6 +128,11 @@ def _is_bulk(matrix: Tensor, tiling: GroupedTiling) -> bool:
     return tiling.bulk and is_aligned and not INTERPRETED and overlaps_launches(matrix.device)
 
 
+def fitting_stages(tiling: GroupedTiling, step_bytes: int, bulk: bool, shared: int) -> int:
+    """Return the stages that fit into ``shared`` bytes. A tensor map fills all of them, other loads one less."""
+    return max(1, min(tiling.num_stages, shared // step_bytes + (0 if bulk else 1)))
+
+
 def _launch(
     x: Tensor,
     weight: Tensor,
@@ -142,13 +148,15 @@ def _launch(
     block_k = min(tiling.block_k, max(16, power_of_2(k)))
     bulk, narrow = _is_bulk(weight, tiling), pairs.block_m < _NARROW
     blocks_n = ceil_div(n, block_n)
+    step_bytes = (pairs.block_m + block_n * (2 if gate else 1)) * block_k * x.element_size()
+    stages = fitting_stages(tiling, step_bytes, bulk, shared_bytes(x.device))
     w = TensorDescriptor.from_tensor(weight.view(count * outputs, k), [block_n, block_k]) if bulk else weight
     _grouped_kernel[(len(pairs.tiles_M4) * blocks_n,)](
         x, w, out, pairs.order_P, pairs.tiles_M4, pairs.num_tiles, weights_TA,
         n, k, blocks_n, x.stride(0),
         weights_TA.shape[1], gate, pairs.block_m, block_n, block_k,
         narrow, bulk, overlaps_launches(x.device),
-        **launch_options(x.device, tiling.num_warps, tiling.num_stages),
+        **launch_options(x.device, tiling.num_warps, stages),
     )  # fmt: skip
 
 
