@@ -162,6 +162,7 @@ KERNEL_MODULES = tuple(
         "products.warpgroup.gemm",
         "products.warpgroup.float8_gemm",
         "products.warpgroup.integer_gemm",
+        "products.warpgroup.octet_gemm",
     )
 )
 

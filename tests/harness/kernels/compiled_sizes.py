@@ -105,6 +105,13 @@ def multiply_float8_words(form: WeightFormat, rows: int) -> None:
     float8_words_gemm(x, weight, workspace=Workspace.create(CPU))
 
 
+def multiply_octets(form: WeightFormat, rows: int) -> None:
+    from mgpu.worker.kernels.products.warpgroup.octet_gemm import octet_gemm
+
+    weight = random_packed(form, (128,), 1024, torch.Generator().manual_seed(0))
+    octet_gemm(torch.zeros(rows, 1024, dtype=BF16), weight, workspace=Workspace.create(CPU))
+
+
 def multiply_integers(rows: int, splits: int) -> None:
     from mgpu.worker.kernels.products.warpgroup.integer_gemm import integer_gemm
 
@@ -171,6 +178,8 @@ WARPGROUPS: tuple[Case, ...] = (
     (multiply_float8_words, (WeightFormat("4", 32, 1, 2, 1, False, "groups"), 300)),
     *((multiply_words, (GGUF_FORMATS[name], 8, 128)) for name in ("Q6_K", "Q2_K", "IQ4_XS")),
     (multiply_integers, (300, 2)),
+    (multiply_octets, (GGUF_FORMATS["Q8_0"], 300)),
+    (multiply_octets, (WeightFormat("8", 128, 1, 2, 1, source="groups"), 128)),
 )
 
 

@@ -48,6 +48,9 @@ def _result(name: str, given: list[int]) -> int:
     if name == "fma.rn.bf16x2":
         a, b, c = (_pair(each) for each in given)
         return _bits((a.double() * b.double() + c.double()).to(_HALVES))
+    if name in ("sub.rn.bf16x2", "mul.rn.bf16x2"):
+        a, b = (_pair(each).double() for each in given)
+        return _bits((a * b if name.startswith("mul") else a - b).to(_HALVES))
     raise AssertionError(f"unknown instruction {name}")
 
 

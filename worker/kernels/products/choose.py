@@ -17,7 +17,7 @@ from mgpu.worker.kernels.products.group_parts import takes
 from mgpu.worker.kernels.products.integer_gemv import integer_gemv, takes_integers
 from mgpu.worker.kernels.products.quantized_gemm import quantized_gemm
 from mgpu.worker.kernels.products.quantized_gemv import quantized_gemv
-from mgpu.worker.kernels.products.warpgroup import blocks_trial, float8_trial, integer_trial
+from mgpu.worker.kernels.products.warpgroup import blocks_trial, float8_trial, integer_trial, octet_trial
 from mgpu.worker.kernels.products.warpgroup.trial import WordsProduct, span_of, takes_words, words_product
 from mgpu.worker.quantization.float8_rows import BLOCK
 from mgpu.worker.quantization.packing import PackedWeight
@@ -41,6 +41,8 @@ def try_products(device: torch.device, form: WeightFormat) -> None:
         blocks_trial.blocks_product(device, name)
     if form.quant == "8" and not form.group:
         integer_trial.integer_product(device)
+    if form.quant == "8" and form.group:
+        octet_trial.groups_product(device)
 
 
 def matmul(x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -102,6 +104,10 @@ def _group_matmul(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None) -> 
         return group_gemv(x_TI, weight, bias_N=bias_O)
     if rows >= LEAST_ROWS and takes_blocks(weight, x_TI.dtype) and multiplies_blocks(x_TI.device):
         return block_product(x_TI, weight, bias_O)
+    if octet_trial.LEAST_ROWS <= rows <= octet_trial.MOST_ROWS and octet_trial.takes_groups(weight, x_TI.dtype):
+        product = octet_trial.groups_product(weight.words.device)
+        if product is not None:
+            return product(x_TI, weight, bias_O)
     if takes(weight) and rows <= most_rows(weight):
         return group_gemm(x_TI, weight, bias_N=bias_O)
     return F.linear(x_TI, dequantize_packed(weight, x_TI.dtype), bias_O)

@@ -90,8 +90,10 @@ def test_they_compile_for_hopper() -> None:
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     kernels = {each["kernel"]: each["case"] for each in found}
-    assert {"_warpgroup_gemm_kernel", "_float8_words_kernel", "_integer_gemm_kernel"} <= set(kernels)
-    assert len({each["case"] for each in found}) == 7
+    assert {"_warpgroup_gemm_kernel", "_float8_words_kernel", "_integer_gemm_kernel", "_octet_gemm_kernel"} <= set(
+        kernels
+    )
+    assert len({each["case"] for each in found}) == 9
     assert all(each["shared"] <= 227 << 10 for each in found)
 
 
