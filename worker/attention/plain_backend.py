@@ -17,6 +17,7 @@ from mgpu.protocol.model.attention_facts import Sight, first_key
 from mgpu.worker.attention.cpu_decode import MAX_BYTES, CpuDecodeStep, TransposedKeys
 from mgpu.worker.attention.interface import AttentionSpec
 from mgpu.worker.attention.plain_attention import attend
+from mgpu.worker.kernels.cpu import layers as cpu_layers
 from mgpu.worker.state.batch import StepBatch, StepRows
 from mgpu.worker.state.kv_cache import LayerCache, widen
 
@@ -70,6 +71,8 @@ class _View:
     """
     mask: Tensor | None
     """[R, 1, 1, S], added to the scores, or for prefill bool [Q, S]. None: everything, or for prefill causal."""
+    counts_R: Tensor | None = None
+    """int64: how many of the slots each decoding row sees."""
     run: slice | None = None
     """The same slots if they follow one another: then nothing needs to be gathered."""
 
@@ -207,6 +210,8 @@ class PlainStep:
         self, group: _DecodeGroup, q_RHK: Tensor, stores: tuple[Tensor, Tensor], spec: AttentionSpec
     ) -> Tensor:
         view = self._view_of(group, spec.sight, q_RHK.dtype)
+        if (seen := self._seen_by_kernel(view, q_RHK, stores, spec)) is not None:
+            return cpu_layers.attend(q_RHK, *stores, seen, spec.scale)
         rows, num_q, dim = q_RHK.shape
         num_kv = stores[0].shape[1]
         k_SJK, v_SJK = self._gather(stores, view, q_RHK.dtype)
@@ -215,6 +220,20 @@ class PlainStep:
         sinks = None if spec.sinks is None else spec.sinks.view(num_kv, -1, 1)
         out_RJGK = attend(q_RJGK, k_RJSK, v_RJSK, view.mask, False, spec, sinks)
         return out_RJGK.reshape(rows, num_q, dim)
+
+    def _seen_by_kernel(
+        self, view: _View, q_RHK: Tensor, stores: tuple[Tensor, Tensor], spec: AttentionSpec
+    ) -> cpu_layers.Seen | None:
+        """Return the slots as the CPU's kernel takes them; None if it cannot attend to them, or there is none."""
+        is_plain = self._device.type == "cpu" and not spec.softcap and spec.sinks is None
+        if not is_plain or view.slots is None or view.counts_R is None or not cpu_layers.takes_heads(q_RHK):
+            return None
+        k_NJK, v_NJK = stores
+        if k_NJK.dtype != torch.bfloat16 or k_NJK.shape != v_NJK.shape or q_RHK.shape[2] != k_NJK.shape[2]:
+            return None
+        if not (k_NJK.is_contiguous() and v_NJK.is_contiguous() and cpu_layers.has_kernels()):
+            return None
+        return cpu_layers.Seen(view.slots.view(len(q_RHK), -1), view.counts_R)
 
     def _gather(self, stores: tuple[Tensor, Tensor], view: _View, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         slots = view.slots
@@ -244,11 +263,12 @@ class PlainStep:
         starts_R1 = ends_R1 - torch.tensor(seen, device=self._device).unsqueeze(1)
         places_RS = starts_R1 + torch.arange(max(seen), device=self._device)
         slots_RS = self._slots(places_RS.minimum(ends_R1 - 1), tables_RB)
+        counts_R = torch.tensor(seen, device=self._device)
         if min(seen) == max(seen):
-            return _View(slots_RS.flatten(), None, _run(slots_RS))
+            return _View(slots_RS.flatten(), None, counts_R, _run(slots_RS))
         mask_RS = torch.zeros(places_RS.shape, dtype=dtype, device=self._device)
         mask_RS.masked_fill_(places_RS >= ends_R1, -torch.inf)
-        return _View(slots_RS.flatten(), mask_RS[:, None, None, :])
+        return _View(slots_RS.flatten(), mask_RS[:, None, None, :], counts_R)
 
     def _attend_prefill(
         self,
@@ -286,7 +306,7 @@ class PlainStep:
             return _View(None, mask_QS)
         table_1B = self._batch.block_tables[row.row : row.row + 1]
         slots_1S = self._slots(keys_1S, table_1B)
-        return _View(slots_1S.flatten(), mask_QS, _run(slots_1S))
+        return _View(slots_1S.flatten(), mask_QS, run=_run(slots_1S))
 
     def _slots(self, places_RS: Tensor, tables_RB: Tensor) -> Tensor:
         """Return the slots of the cache for positions in each row's context."""

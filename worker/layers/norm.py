@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mgpu.worker.kernels.cpu import layers as cpu_layers
 from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.layers.activations import Activations, Product, scaled, values_and_scale
 from mgpu.worker.layers.module import Module
@@ -47,7 +48,8 @@ class RMSNorm(Module):
         elif device.type == "cpu" and dtype == torch.float32:
             self._arithmetic = _FewOperations(size, eps)
         elif device.type == "cpu" and not unit_offset:
-            self._arithmetic = _Mirrored(size, eps)
+            is_compiled = dtype == torch.bfloat16 and not of_heads and cpu_layers.has_kernels()
+            self._arithmetic = _Compiled(size, eps) if is_compiled else _Mirrored(size, eps)
         else:
             self._arithmetic = _Torch(size, eps)
 
@@ -141,6 +143,24 @@ class _Mirrored(_Torch):
         size = self._shape[0]
         both = F.layer_norm(torch.cat((x, -x), dim=-1), (2 * size,), eps=self._eps)
         return both[..., :size] * weight
+
+
+class _Compiled(_Mirrored):
+    """Normalize rows in bfloat16 on the CPU by a kernel, which adds to the residual too."""
+
+    def norm(self, x: Product, weight: Tensor) -> Tensor:
+        x = scaled(x)
+        if x.dim() != 2 or not cpu_layers.takes_rows(x, weight):
+            return super().norm(x, weight)
+        return cpu_layers.add_norm(x, None, weight, self._eps)
+
+    def add_and_norm(
+        self, residual_TD: Tensor, delta: Product, weight: Tensor, takes_float8: TakesFloat8
+    ) -> Activations:
+        delta_TD = scaled(delta)
+        if not cpu_layers.takes_rows(residual_TD, delta_TD, weight):
+            return super().add_and_norm(residual_TD, delta_TD, weight, takes_float8)
+        return cpu_layers.add_norm(residual_TD, delta_TD, weight, self._eps)
 
 
 class _Kernels:

@@ -175,7 +175,7 @@ def test_a_weight_on_the_cpu_is_packed_and_others_are_not() -> None:
 @pytest.mark.parametrize(("dtype", "arithmetic"), [(torch.float32, _FewOperations), (torch.bfloat16, _Mirrored)])
 def test_a_norm_takes_few_operations_on_the_cpu(dtype: torch.dtype, arithmetic: type) -> None:
     norm = RMSNorm(8, 1e-6, dtype, CPU)
-    assert type(norm._arithmetic) is arithmetic
+    assert isinstance(norm._arithmetic, arithmetic)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -21,7 +21,8 @@ from mgpu.protocol.model.c_compiler import c_compiler
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("products.c",)
+SOURCES = ("products.c", "layers.c")
+_HEADER = "vectors.h"
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math",
           "-Wno-psabi")  # fmt: skip
 _COMPILE_S = 60.0
@@ -84,7 +85,7 @@ def _is_ours(found: os.stat_result) -> bool:
 def _key() -> str:
     """Return a digest of all that the library depends on: the sources, and the processor that it is made for."""
     digest = hashlib.sha256("\0".join((*_FLAGS, platform.machine())).encode())
-    for name in SOURCES:
+    for name in (*SOURCES, _HEADER):
         digest.update((Path(__file__).parent / name).read_bytes())
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
         about = {line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part"))}
@@ -94,12 +95,12 @@ def _key() -> str:
 
 def _compile(compiler: str, target: Path) -> None:
     """Compile to a file of another name first: others see the library whole or not at all."""
-    sources = [str(Path(__file__).parent / name) for name in SOURCES]
     with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as folder:
         # Compiled and linked apart, because linking with -fopenmp would bring a second copy of OpenMP.
-        compiled, linked = f"{folder}/cpu.o", f"{folder}/cpu.so"
-        _call(compiler, *_FLAGS, "-c", *sources, "-o", compiled)
-        _call(compiler, "-shared", compiled, "-o", linked)
+        objects, linked = [f"{folder}/{name}.o" for name in SOURCES], f"{folder}/cpu.so"
+        for name, compiled in zip(SOURCES, objects, strict=True):
+            _call(compiler, *_FLAGS, "-c", str(Path(__file__).parent / name), "-o", compiled)
+        _call(compiler, "-shared", *objects, "-o", linked)
         os.chmod(linked, 0o600)
         os.replace(linked, target)
 

@@ -12,21 +12,11 @@
 
      sum over a run of weight * input = step * scale * (sum of code * q - zero * sum of q) + step * offset * sum of q
 
-   and only the first sum runs over weights. One instruction (vpdpbusd) adds four products to each of 16 outputs.
-   Vectors are those of GCC and Clang, which lower them to what the processor has. */
+   and only the first sum runs over weights. One instruction (vpdpbusd) adds four products to each of 16 outputs. */
 
-#include <stdint.h>
-#include <string.h>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
-enum { OUTPUTS = 16, RUN = 32, TILE_ROWS = 8 };
-
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Bits __attribute__((vector_size(64)));
-typedef float Floats __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
+enum { OUTPUTS = LANES, RUN = 32, TILE_ROWS = 8 };
 
 typedef struct {
     const uint8_t *bytes;
@@ -40,8 +30,6 @@ typedef struct {
     const int32_t *sums;
     int64_t rows, inputs;
 } Rounded;
-
-#define ALWAYS static inline __attribute__((always_inline))
 
 ALWAYS Bits load_bits(const void *from) {
     Bits x;
@@ -144,21 +132,6 @@ static void multiply_rows(const uint8_t *tile, const Weight *w, const Rounded *x
         multiply_counted(tile, w, x, first, 1, out);
 }
 
-ALWAYS uint16_t to_bfloat16(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    if ((bits & 0x7fffffffu) > 0x7f800000u)
-        return 0x7fc0;
-    return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
-}
-
-ALWAYS float from_bfloat16(uint16_t half) {
-    const uint32_t bits = (uint32_t)half << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
 /* Round a row to 8 bits, RUN inputs at a time. A run that is not finite gets a step of NaN, and so do its products. */
 static void round_row(const uint16_t *x, int64_t inputs, int8_t *q, float *steps, int32_t *sums) {
     for (int64_t run = 0; run < inputs / RUN; run++, x += RUN, q += RUN) {
@@ -207,9 +180,11 @@ void mgpu_multiply(uint16_t *y, const uint16_t *x, int64_t rows, const uint8_t *
             const int64_t count = rows - first < TILE_ROWS ? rows - first : TILE_ROWS;
             Floats out[TILE_ROWS];
             multiply_rows(bytes + tile * tile_bytes, &w, &rounded, first, count, out);
-            for (int64_t r = 0; r < count; r++)
-                for (int64_t n = 0; n < valid; n++)
-                    y[(first + r) * outputs + first_output + n] = to_bfloat16(out[r][n]);
+            for (int64_t r = 0; r < count; r++) {
+                uint16_t halves[OUTPUTS];
+                store16(halves, out[r]);
+                memcpy(y + (first + r) * outputs + first_output, halves, valid * sizeof *y);
+            }
         }
     }
 }

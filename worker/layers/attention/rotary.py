@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mgpu.protocol.model.attention_facts import RopeScaling
+from mgpu.worker.kernels.cpu import layers as cpu_layers
 
 Rotation = tuple[Tensor, Tensor]
 """cos and signed sin, [T, 1, K] each; the first half of sin is negative, so that rotating takes one roll."""
@@ -59,6 +60,8 @@ class RotaryEmbedding:
 def rotate(x_THK: Tensor, rotation: Rotation) -> Tensor:
     """Rotate all heads of all tokens."""
     cos_T1K, sin_T1K = rotation
+    if x_THK.device.type == "cpu" and cpu_layers.takes_heads(x_THK, *rotation) and cpu_layers.has_kernels():
+        return cpu_layers.rotate(x_THK, cos_T1K, sin_T1K)
     return torch.addcmul(x_THK * cos_T1K, x_THK.roll(x_THK.shape[-1] // 2, -1), sin_T1K)
 
 
