@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +32,17 @@ def test_kernels_fit_smaller_and_older_gpus(capability: int, shared: int, cases:
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert len({each["case"] for each in found}) >= 2
     assert [each for each in found if each["shared"] > shared] == []
+
+
+def test_kernels_of_a_whole_model_are_compiled_as_it_launches_them(tmp_path: Path) -> None:
+    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.kernels.compiled", "--gpus", "89", "--models", "135M dense bfloat16 auto"]
+    command += ["--kernels", "norm", "--processes", "1", "--save", tmp_path]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in (tmp_path / "sm_89.jsonl").read_text().splitlines()]
+    assert {each["kernel"] for each in found} == {"_norm_kernel"}
+    assert all(each["registers"] > 0 and not each["error"] for each in found)
 
 
 @pytest.mark.parametrize(("shared", "stages"), [(HOPPER_BYTES, 5), (AMPERE_BYTES, 5), (ADA_BYTES, 3)], ids=str)

@@ -1,0 +1,91 @@
+"""Compile every kernel that mgpu launches for GPUs that are not here, and say what each takes.
+
+    python -m bench.kernels.compiled [--gpus 80,89] [--models 8B] [--kernels group_gemm] [--save FOLDER]
+
+Needs Triton and no GPU. Layers are built in the shapes and formats of `models.py`, with memory that is never touched,
+and run at many numbers of rows; `sums.py` launches what passes between ranks. Launches are noted, not made, so what a
+kernel is compiled for is what its launcher asks for on that GPU. A row has a kernel's largest shared memory, registers
+and bytes of stack (spilled registers, mostly) over all ways in which it is launched there. The exit code is 1 if a
+kernel does not compile or asks for more shared memory than a program may have.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from bench.kernels.compiled.gpus import GPUS, Gpu, pretend
+from bench.kernels.compiled.recorder import Compiled, Launch, Recorder, compile_all
+from bench.options import numbers
+
+
+def record(models: str) -> list[Launch]:
+    from bench.kernels.compiled.models import MODELS, launch
+    from bench.kernels.compiled.sums import launch_sums
+
+    recorder = Recorder()
+    recorder.start()
+    for model in MODELS:
+        if models in model.name:
+            recorder.by = model.name
+            launch(model)
+    if not models:
+        recorder.by = "sums over ranks"
+        launch_sums()
+    recorder.stop()
+    return recorder.launches
+
+
+def examine(gpu: Gpu, options: argparse.Namespace) -> int:
+    """Print what all kernels take on a GPU; return how many of their launches would fail there."""
+    pretend(gpu)
+    launches = [each for each in record(options.models) if options.kernels in f"{each.file} {each.kernel.__name__}"]
+    print(f"sm_{gpu.capability} ({gpu.names}): {len(launches)} kernels", flush=True)
+    rows: dict[tuple[str, str], list[Compiled]] = defaultdict(list)
+    failures, lines = 0, []
+    for launch, found in compile_all(launches, options.processes):
+        rows[launch.file, launch.kernel.__name__].append(found)
+        is_bad = bool(found.error) or found.shared_bytes > gpu.shared_bytes
+        failures += is_bad
+        line = {"kernel": launch.kernel.__name__, "file": launch.file, "by": launch.by, "shared": found.shared_bytes,
+                "registers": found.registers, "stack": found.stack_bytes, "error": found.error}  # fmt: skip
+        lines.append({**line, "constants": launch.constants})
+        if is_bad:
+            print(
+                f"  FAILS {launch.file} {launch.by}: {found.error or found.shared_bytes} {launch.constants}", flush=True
+            )
+    for (file, name), found in sorted(rows.items()):
+        most = [max(getattr(each, part) for each in found) for part in ("shared_bytes", "registers", "stack_bytes")]
+        print(
+            f"  {file:36} {name:28} {len(found):4} ways, {most[0] / 1024:6.1f} KiB, {most[1]:3} registers, {most[2]} B"
+        )
+    if options.save:
+        options.save.mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (options.save / f"sm_{gpu.capability}.jsonl").write_text(text)
+    print(f"sm_{gpu.capability}: {failures} fail", flush=True)
+    return failures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", type=numbers, default=list(GPUS), help=f"of {', '.join(map(str, GPUS))}")
+    parser.add_argument("--models", default="", help="only those with this in their name")
+    parser.add_argument("--kernels", default="", help="only those with this in their file or name")
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--save", type=Path, help="folder for one line of JSON for each way to launch a kernel")
+    options = parser.parse_args()
+    if len(options.gpus) == 1:
+        sys.exit(examine(GPUS[options.gpus[0]], options) > 0)
+    codes = []
+    for capability in options.gpus:  # what a process compiles for cannot be changed
+        command = [sys.executable, "-m", "bench.kernels.compiled", *sys.argv[1:], "--gpus", str(capability)]
+        codes.append(subprocess.run(command, check=False).returncode)
+    sys.exit(any(codes))
+
+
+if __name__ == "__main__":
+    main()
