@@ -28,6 +28,7 @@ from mgpu.worker.kernels.attention.latent_prefill import ContextPiece, PromptRow
 from mgpu.worker.kernels.attention.prefill import prefill_attention
 from mgpu.worker.kernels.experts.choose import ExpertStacks, RouterWeights, sparse_mlp
 from mgpu.worker.kernels.layers.float8_codes import quantize_spans
+from mgpu.worker.kernels.layers.float8_quantize import quantize_blocks
 from mgpu.worker.kernels.layers.integer_rows import integer_rows
 from mgpu.worker.kernels.products.choose import quantized_matmul
 from mgpu.worker.kernels.products.dequantize import dequantize_packed
@@ -112,6 +113,15 @@ def multiply_octets(form: WeightFormat, rows: int) -> None:
     octet_gemm(torch.zeros(rows, 1024, dtype=BF16), weight, workspace=Workspace.create(CPU))
 
 
+def multiply_blocks(rows: int) -> None:
+    from mgpu.worker.kernels.products.warpgroup.block_gemm import block_gemm
+
+    form = WeightFormat("fp8", 128, 128, 4, source="blocks")
+    weight = random_packed(form, (128,), 1024, torch.Generator().manual_seed(0))
+    x = quantize_blocks(torch.zeros(rows, 1024, dtype=BF16))
+    block_gemm(x, rows, weight, workspace=Workspace.create(CPU))
+
+
 def multiply_integers(rows: int, splits: int) -> None:
     from mgpu.worker.kernels.products.warpgroup.integer_gemm import integer_gemm
 
@@ -178,6 +188,7 @@ WARPGROUPS: tuple[Case, ...] = (
     (multiply_float8_words, (WeightFormat("4", 32, 1, 2, 1, False, "groups"), 300)),
     *((multiply_words, (GGUF_FORMATS[name], 8, 128)) for name in ("Q6_K", "Q2_K", "IQ4_XS")),
     (multiply_integers, (300, 2)),
+    (multiply_blocks, (64,)),
     (multiply_octets, (GGUF_FORMATS["Q8_0"], 300)),
     (multiply_octets, (WeightFormat("8", 128, 1, 2, 1, source="groups"), 128)),
 )

@@ -7,6 +7,7 @@ block of 128 channels of a row has a scale of its own, as the checkpoints' own c
 # T tokens, K input channels, N output channels
 
 import logging
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mgpu.worker.kernels.layers.float8_quantize import quantize_blocks
-from mgpu.worker.kernels.runtime import LAUNCH_MODE
+from mgpu.worker.kernels.runtime import INTERPRETED, LAUNCH_MODE
 from mgpu.worker.kernels.trials import trial_problem, worst_row_error
 from mgpu.worker.quantization.float8_rows import BLOCK, Float8Blocks, round_blocks
 from mgpu.worker.quantization.packing import PackedWeight, dequantize, octet_words
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 LEAST_ROWS = 17
 """Rows from which it is faster than `group_gemm`, which reads as many bytes and rounds no activations."""
+OWN_ROWS = 64
+"""Rows up to which `block_gemm` is faster on Hopper than the library."""
 _TOLERANCE = 2e-2
 
 
@@ -35,7 +38,10 @@ def takes_blocks(weight: PackedWeight, dtype: torch.dtype) -> bool:
 
 def block_product(x_TK: Tensor, weight: PackedWeight, bias_N: Tensor | None = None) -> Tensor:
     """Quantize rows and multiply them by the weight's transpose, in bfloat16; see `takes_blocks`."""
-    product_TN = scaled_product(quantize_blocks(x_TK), weight)[: len(x_TK)]
+    rows = quantize_blocks(x_TK)
+    if len(x_TK) <= OWN_ROWS and has_own_product(x_TK.device):
+        return own_product(rows, len(x_TK), weight, bias_N)
+    product_TN = scaled_product(rows, weight)[: len(x_TK)]
     return product_TN if bias_N is None else product_TN.add_(bias_N)
 
 
@@ -51,16 +57,42 @@ def scaled_product(rows: Float8Blocks, weight: PackedWeight) -> Tensor:
     )
 
 
+def _library_product(rows: Float8Blocks, count: int, weight: PackedWeight) -> Tensor:
+    return scaled_product(rows, weight)[:count]
+
+
+def own_product(rows: Float8Blocks, count: int, weight: PackedWeight, bias_N: Tensor | None = None) -> Tensor:
+    from mgpu.worker.kernels.products.warpgroup.block_gemm import block_gemm
+
+    return block_gemm(rows, count, weight, bias_N=bias_N)
+
+
+def has_own_product(device: torch.device) -> bool:
+    """Return whether `block_gemm` works here. The first call must not be within the capture of a graph."""
+    if INTERPRETED or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    return LAUNCH_MODE.compiles_only or _own_passes_trial(device)
+
+
+@cache
+def _own_passes_trial(device: torch.device) -> bool:
+    if problem := trial_problem(lambda: trial_error(device, own_product), _TOLERANCE):
+        log.warning("FP8 blocks of few rows are multiplied by the library, an own product was tried: %s", problem)
+        return False
+    return True
+
+
 def multiplies_blocks(device: torch.device) -> bool:
     """Return whether products in blocks work here. The first call must not be within the capture of a graph."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
         return False  # the library has them for Hopper and later
+    has_own_product(device)
     return LAUNCH_MODE.compiles_only or _passes_trial(device)
 
 
 @cache
 def _passes_trial(device: torch.device) -> bool:
-    if problem := trial_problem(lambda: trial_error(device), _TOLERANCE):
+    if problem := trial_problem(lambda: trial_error(device, _library_product), _TOLERANCE):
         log.warning("FP8 blocks stay weight-only, float8 products by scaled_mm were tried: %s", problem)
         return False
     log.info("FP8 blocks round the activations of %d rows and more to float8 too (W8A8)", LEAST_ROWS)
@@ -68,7 +100,7 @@ def _passes_trial(device: torch.device) -> bool:
 
 
 @torch.inference_mode()
-def trial_error(device: torch.device) -> float:
+def trial_error(device: torch.device, product: Callable[[Float8Blocks, int, PackedWeight], Tensor]) -> float:
     """Return the distance of a small product to plain torch, relative to its norm; infinity if it is not finite."""
     generator = torch.Generator(device).manual_seed(0)
     x_TK, w_NK = (torch.randn(shape, generator=generator, device=device) for shape in ((17, 512), (256, 512)))
@@ -76,6 +108,6 @@ def trial_error(device: torch.device) -> float:
     scales = torch.rand(2, 4, generator=generator, device=device) + 0.5
     words = octet_words(w_NK.to(torch.float8_e4m3fn).view(torch.uint8))
     weight = PackedWeight("fp8", words, scales, 512, BLOCK, BLOCK)
-    got_TN = block_product(x_TK, weight).float()
+    got_TN = product(quantize_blocks(x_TK), len(x_TK), weight).float()
     expected_TN = round_blocks(x_TK) @ dequantize(weight, torch.float32).T
     return worst_row_error(got_TN, expected_TN)

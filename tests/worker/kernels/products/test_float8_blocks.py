@@ -1,5 +1,7 @@
 """Products with FP8 blocks of 128 x 128 (W8A8): rows are quantized block by block, and the product is the library's."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -51,7 +53,7 @@ def test_a_product_in_blocks_is_that_of_rounded_rows(device: torch.device, monke
         monkeypatch.setattr(float8_blocks, "scaled_product", plain_product)
     elif not float8_blocks.multiplies_blocks(device):
         pytest.skip("this GPU has no float8 products in blocks")
-    assert float8_blocks.trial_error(device) < BF16_ROUNDING
+    assert float8_blocks.trial_error(device, float8_blocks._library_product) < BF16_ROUNDING
     weight, x = weight_of(256, 512, device), torch.randn(20, 512, device=device).bfloat16()
     bias = torch.randn(256, device=device).bfloat16()
     got = float8_blocks.block_product(x, weight, bias)
@@ -99,10 +101,45 @@ def test_only_whole_blocks_are_taken(
 def test_a_library_without_such_products_leaves_them_weight_only(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda:7")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(float8_blocks, "trial_error", lambda device: torch.inf)
+    monkeypatch.setattr(float8_blocks, "trial_error", lambda device, product: torch.inf)
     monkeypatch.setattr(LAUNCH_MODE, "compiles_only", True)
     assert float8_blocks.multiplies_blocks(device)
     monkeypatch.setattr(LAUNCH_MODE, "compiles_only", False)
     assert not float8_blocks.multiplies_blocks(device)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     assert not float8_blocks.multiplies_blocks(torch.device("cuda:6"))
+
+
+def test_few_rows_have_an_own_product_where_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[str] = []
+
+    def own(rows: Float8Blocks, count: int, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+        used.append("own")
+        return plain_product(rows, weight)[:count]
+
+    def library(rows: Float8Blocks, weight: PackedWeight) -> torch.Tensor:
+        used.append("library")
+        return plain_product(rows, weight)
+
+    monkeypatch.setattr(float8_blocks, "scaled_product", library)
+    monkeypatch.setattr(float8_blocks, "own_product", own)
+    monkeypatch.setattr(float8_blocks, "quantize_blocks", float8_rows.quantize_blocks)
+    weight, most = weight_of(128, 512, torch.device("cpu")), float8_blocks.OWN_ROWS
+    for count, works in ((most, True), (most + 1, True), (most, False)):
+        monkeypatch.setattr(float8_blocks, "has_own_product", lambda device, works=works: works)
+        x = torch.randn(count, 512).bfloat16()
+        got = float8_blocks.block_product(x, weight)
+        assert relative_error(got, x.float() @ dequantize(weight, torch.float32).T) < ROUNDING
+    assert used == ["own", "library", "library"]
+
+
+@pytest.mark.gpu
+def test_own_products_equal_the_librarys() -> None:
+    device = torch.device("cuda")
+    if not torch.cuda.is_available() or not float8_blocks.has_own_product(device):
+        pytest.skip("no Hopper GPU, which is the one that has warpgroups")
+    for (outputs, inputs), count in itertools.product(((256, 512), (1024, 4096)), (1, 17, 40, 64, 100)):
+        weight, x = weight_of(outputs, inputs, device), torch.randn(count, inputs, device=device).bfloat16()
+        rows = quantize_blocks(x)
+        expected = float8_blocks.scaled_product(rows, weight)[:count]
+        assert relative_error(float8_blocks.own_product(rows, count, weight), expected) < BF16_ROUNDING
