@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mgpu.protocol.model.facts import Activation
 from mgpu.worker.kernels.products.gemv import GATES, store_outputs, weight_rows
-from mgpu.worker.kernels.products.group_parts import group_arguments, load_words, takes
+from mgpu.worker.kernels.products.group_parts import group_arguments, load_places, load_words, takes
 from mgpu.worker.kernels.products.widen import split_scales
 from mgpu.worker.kernels.runtime import INTERPRETED, ceil_div, launch_options, overlaps_launches, wait_for_inputs
 from mgpu.worker.quantization.packing import PackedWeight
@@ -114,12 +114,8 @@ def _run_sums(sums, ROWS: tl.constexpr, RUNS: tl.constexpr):
 
 
 @triton.jit
-def _factors(
-    scale_ptr, zero_ptr, offset_ptr, super_ptr, rows, run, groups, supers, none,
-    PAIRS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
-    HALF: tl.constexpr,
-):  # fmt: skip
-    """Return scale and offset, float32 [rows, runs], of unsigned codes; HALF: of the second sixteen of a run."""
+def _places(rows, run, groups, none, GROUP: tl.constexpr, EVEN_K: tl.constexpr, HALF: tl.constexpr):
+    """Return where the factors of groups are, [rows, runs]; HALF: of the second sixteen of a run."""
     # ``none`` is 0, which the compiler does not know, and what is called contiguous is so where groups are runs only:
     # so each thread loads what belongs to its own words, and nothing goes through shared memory.
     if GROUP == 16:
@@ -130,8 +126,28 @@ def _factors(
         group = tl.max_contiguous(run // (GROUP // 32), [8])
     if not EVEN_K:
         group = tl.minimum(group, groups - 1)
-    places = rows[:, None] * groups + (group + none)[None, :]
-    scale = tl.load(scale_ptr + places)
+    return rows[:, None] * groups + (group + none)[None, :]
+
+
+@triton.jit
+def _load_factors(scale_ptr, zero_ptr, offset_ptr, places, mask):
+    """Load what groups have: a scale, and an offset or a zero point; the scale again if there is neither."""
+    scale = tl.load(scale_ptr + places, mask=mask)
+    if offset_ptr is not None:
+        offset = tl.load(offset_ptr + places, mask=mask)
+    elif zero_ptr is not None:
+        offset = tl.load(zero_ptr + places, mask=mask)
+    else:
+        offset = scale
+    return scale, offset
+
+
+@triton.jit
+def _factors(
+    scale, offset, zero_ptr, offset_ptr, super_ptr, rows, run, supers, none, places,
+    PAIRS: tl.constexpr, KIND: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """Return scale and offset, float32 [rows, runs], of unsigned codes, of what `_load_factors` has loaded."""
     if PAIRS:
         scale, offset = split_scales(scale)
         offset -= 8.0 * scale
@@ -145,44 +161,81 @@ def _factors(
         if offset_ptr is None:
             offset = scale * (-32.0 if KIND == 5 else -8.0)
         else:
-            offset = -tl.load(offset_ptr + places).to(tl.float32) * tl.load(super_ptrs + 1).to(tl.float32)
+            offset = -offset.to(tl.float32) * tl.load(super_ptrs + 1).to(tl.float32)
     else:
         scale = scale.to(tl.float32)
-        if offset_ptr is None:  # noqa: SIM108 - compile-time condition
+        if offset_ptr is None:
+            zero = offset if zero_ptr is not None else scale
             offset = -8.0 * scale
+            if zero_ptr is not None:
+                offset -= zero.to(tl.float32) * scale
         else:
-            offset = tl.load(offset_ptr + places).to(tl.float32)
-        if zero_ptr is not None:
-            offset -= tl.load(zero_ptr + places).to(tl.float32) * scale
+            offset = offset.to(tl.float32)
+            if zero_ptr is not None:
+                offset -= tl.load(zero_ptr + places).to(tl.float32) * scale
     return scale, offset
 
 
-@triton.jit(do_not_specialize=["none", "supers"])
-def _integer_gemv_kernel(
-    x_ptr, w_ptr, scale_ptr, zero_ptr, offset_ptr, super_ptr, high_ptr, bias_ptr, y_ptr,
-    N, K, words_per_row, groups, supers, none,
-    PAIRS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr,
-    GATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, EVEN: tl.constexpr, EVEN_K: tl.constexpr,
-    OVERLAP: tl.constexpr, ASSEMBLY: tl.constexpr, AHEAD: tl.constexpr,
+@triton.jit
+def load_step(
+    w_ptr, scale_ptr, zero_ptr, offset_ptr, super_ptr, high_ptr, rows, first, words_per_row, groups, none,
+    GROUP: tl.constexpr, BLOCK_W: tl.constexpr, EVEN: tl.constexpr, EVEN_K: tl.constexpr, IS_THERE: tl.constexpr,
 ):  # fmt: skip
-    """Compute BLOCK_N outputs. EVEN: the words of a row fill whole steps of BLOCK_W; EVEN_K: and K fills the words."""
-    RUNS: tl.constexpr = BLOCK_W // 4
-    rows = weight_rows(N, GATE, BLOCK_N)
-    column = tl.arange(0, BLOCK_W)
+    """Load the words of a step, the upper bits of their codes, and their factors. IS_THERE: the row is not over."""
+    column = first + tl.arange(0, BLOCK_W)
+    run = first // 4 + tl.arange(0, BLOCK_W // 4)
     if high_ptr is not None:
         high_ptr += none * 4  # of 8 bytes, so that as many of its elements are loaded at once as of words
-    words, high = load_words(w_ptr, high_ptr, rows, column, words_per_row, EVEN)
-    wait_for_inputs(OVERLAP)
+    if EVEN and IS_THERE:
+        words, high = load_places(w_ptr, high_ptr, rows[:, None] * words_per_row + column[None, :], None, True)
+    elif EVEN and super_ptr is None:
+        there = first < words_per_row
+        words, high = load_places(w_ptr, high_ptr, rows[:, None] * words_per_row + column[None, :], there, False)
+    else:
+        words, high = load_words(w_ptr, high_ptr, rows, column, words_per_row, False)
+    scale, offset = words, words
+    if super_ptr is None:  # else there is too much to hold
+        mask = None if IS_THERE else first < words_per_row
+        places = _places(rows, run, groups, none, GROUP, EVEN_K, 0)
+        scale, offset = _load_factors(scale_ptr, zero_ptr, offset_ptr, places, mask)
+    return words, high, scale, offset
+
+
+@triton.jit
+def integer_sums(
+    words, high, raw_scale, raw_offset,
+    x_ptr, w_ptr, scale_ptr, zero_ptr, offset_ptr, super_ptr, high_ptr, rows, K, words_per_row, groups, supers, none,
+    PAIRS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
+    EVEN: tl.constexpr, EVEN_K: tl.constexpr, AHEAD: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """Return the products of x and these rows, of which `load_step` has loaded the first step.
+
+    EVEN: the words of a row fill whole steps of BLOCK_W; EVEN_K: and K fills the words. AHEAD: the next step is loaded
+    before this one is multiplied.
+    """
+    RUNS: tl.constexpr = BLOCK_W // 4
+    column = tl.arange(0, BLOCK_W)
     acc = tl.zeros([BLOCK_N, RUNS], tl.float32)
     for first in range(0, words_per_row, BLOCK_W):
         if AHEAD:
-            next_words, next_high = load_words(w_ptr, high_ptr, rows, first + BLOCK_W + column, words_per_row, False)
+            next_words, next_high, next_scale, next_offset = load_step(
+                w_ptr, scale_ptr, zero_ptr, offset_ptr, super_ptr, high_ptr,
+                rows, first + BLOCK_W, words_per_row, groups, none, GROUP, BLOCK_W, EVEN, EVEN_K, False,
+            )  # fmt: skip
         elif first > 0:
-            words, high = load_words(w_ptr, high_ptr, rows, first + column, words_per_row, EVEN)
+            words, high, raw_scale, raw_offset = load_step(
+                w_ptr, scale_ptr, zero_ptr, offset_ptr, super_ptr, high_ptr, rows, first, words_per_row, groups, none,
+                GROUP, BLOCK_W, EVEN, EVEN_K, True,
+            )  # fmt: skip
         run = first // 4 + tl.arange(0, RUNS)
+        places = _places(rows, run, groups, none, GROUP, EVEN_K, 0)
+        if super_ptr is None:
+            stored_scale, stored_offset = raw_scale, raw_offset
+        else:
+            stored_scale, stored_offset = _load_factors(scale_ptr, zero_ptr, offset_ptr, places, None)
         scale, offset = _factors(
-            scale_ptr, zero_ptr, offset_ptr, super_ptr, rows, run, groups, supers, none,
-            PAIRS, KIND, GROUP, EVEN_K, 0,
+            stored_scale, stored_offset, zero_ptr, offset_ptr, super_ptr, rows, run, supers, none, places,
+            PAIRS, KIND, EVEN_K,
         )  # fmt: skip
         c = (first + column)[None, :]  # of one row, so that all that follows has the layout of the words
         x0, x1 = _load_part(x_ptr, c, K, 0, EVEN_K), _load_part(x_ptr, c, K, 1, EVEN_K)
@@ -222,9 +275,11 @@ def _integer_gemv_kernel(
                 dtype=tl.int32, is_pure=True, pack=1,
             )  # fmt: skip
         if GROUP == 16:
+            places = _places(rows, run, groups, none, GROUP, EVEN_K, 1)
+            last_scale, last_offset = _load_factors(scale_ptr, zero_ptr, offset_ptr, places, None)
             last_scale, last_offset = _factors(
-                scale_ptr, zero_ptr, offset_ptr, super_ptr, rows, run, groups, supers, none,
-                PAIRS, KIND, GROUP, EVEN_K, 1,
+                last_scale, last_offset, zero_ptr, offset_ptr, super_ptr, rows, run, supers, none, places,
+                PAIRS, KIND, EVEN_K,
             )  # fmt: skip
             acc += last_scale * (_run_sums(last_sums, BLOCK_N, RUNS) * unit)
             acc += last_offset * (_run_sums(last_x, 1, RUNS) * unit)
@@ -232,29 +287,59 @@ def _integer_gemv_kernel(
             first_x += last_x
         acc += scale * (_run_sums(sums, BLOCK_N, RUNS) * unit) + offset * (_run_sums(first_x, 1, RUNS) * unit)
         if AHEAD:
-            words, high = next_words, next_high
-    store_outputs(tl.sum(acc, 1), rows, bias_ptr, y_ptr, N, GATE, BLOCK_N)
+            words, high, raw_scale, raw_offset = next_words, next_high, next_scale, next_offset
+    return tl.sum(acc, 1)
+
+
+@triton.jit(do_not_specialize=["none", "supers"])
+def _integer_gemv_kernel(
+    x_ptr, w_ptr, scale_ptr, zero_ptr, offset_ptr, super_ptr, high_ptr, bias_ptr, y_ptr,
+    N, K, words_per_row, groups, supers, none,
+    PAIRS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr,
+    GATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, EVEN: tl.constexpr, EVEN_K: tl.constexpr,
+    AHEAD: tl.constexpr, OVERLAP: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """Compute BLOCK_N outputs."""
+    rows = weight_rows(N, GATE, BLOCK_N)
+    words, high, scale, offset = load_step(
+        w_ptr, scale_ptr, zero_ptr, offset_ptr, super_ptr, high_ptr, rows, 0, words_per_row, groups, none,
+        GROUP, BLOCK_W, EVEN, EVEN_K, True,
+    )  # fmt: skip
+    wait_for_inputs(OVERLAP)
+    y = integer_sums(
+        words, high, scale, offset,
+        x_ptr, w_ptr, scale_ptr, zero_ptr, offset_ptr, super_ptr, high_ptr, rows, K, words_per_row, groups, supers,
+        none, PAIRS, KIND, GROUP, BLOCK_N, BLOCK_W, EVEN, EVEN_K, AHEAD, ASSEMBLY,
+    )  # fmt: skip
+    store_outputs(y, rows, bias_ptr, y_ptr, N, GATE, BLOCK_N)
+
+
+def multiplies_integers(weight: PackedWeight, dtype: torch.dtype) -> bool:
+    """Return True for what `integer_gemv` multiplies: codes of 4 or 6 bits. float32 would lose half of its digits."""
+    if dtype.itemsize != 2 or weight.rows > 1 or not takes(weight):
+        return False
+    return weight.group == 16 if weight.kind == "int6" else weight.kind == "int4" and weight.group % 32 == 0
 
 
 def takes_integers(weight: PackedWeight, dtype: torch.dtype) -> bool:
-    """Return True for what `integer_gemv` is fastest for: codes of 6 bits; of 4 bits, if there are many outputs.
+    """Return True for what `integer_gemv` is fastest for: codes of 6 bits, and of 4 bits all of ``--quant``.
 
-    With scales of scales, few outputs of 4 bits too. float32 would lose half of its digits (docs/kernels.md).
+    Others of 4 bits if there are many outputs; with scales of scales also if there are few (docs/kernels.md).
     """
-    if dtype.itemsize != 2 or weight.rows > 1 or not takes(weight):
+    if not multiplies_integers(weight, dtype):
         return False
-    if weight.kind == "int6":
-        return weight.group == 16
     outputs, is_nested = len(weight.words), weight.supers is not None
-    is_fastest = outputs > 4 * weight.k or (is_nested and outputs <= weight.k)
-    return weight.kind == "int4" and weight.group % 32 == 0 and is_fastest
+    is_any = weight.kind == "int6" or weight.has_pairs
+    return is_any or outputs > 4 * weight.k or (is_nested and outputs <= weight.k)
 
 
 def choose_tiling(weight: PackedWeight) -> IntegerGemvTiling:
     """Pick tiles, as measured on an H200: small ones where the scales of groups have scales."""
-    outputs, k = len(weight.words), weight.k
+    (outputs, words_per_row), k = weight.words.shape, weight.k
     if weight.supers is None:
-        return IntegerGemvTiling(8, 256, 2)
+        if outputs > 4 * k:
+            return IntegerGemvTiling(8, 256, 2)
+        return IntegerGemvTiling(8, 512, 4) if words_per_row > 512 else IntegerGemvTiling(8, 256, 2, ahead=True)
     if outputs <= k:
         return IntegerGemvTiling(4, 256, 2, ahead=True)
     return IntegerGemvTiling(4, 128, 1, ahead=True) if weight.kind == "int6" else IntegerGemvTiling(8, 128, 1)
@@ -282,8 +367,7 @@ def integer_gemv(
     _integer_gemv_kernel[(ceil_div(outputs, tiling.block_n),)](
         x_1K, weight.words, scales, zeros, offsets, supers, high, bias_N, out_1N, n, k, words_per_row, *given.sizes, 0,
         weight.has_pairs, *given.constants[:2],
-        GATES[gate], tiling.block_n, tiling.block_w, even, even and k == words_per_row * 8,
-        overlaps_launches(x_1K.device), not INTERPRETED, tiling.ahead,
-        **launch_options(x_1K.device, tiling.num_warps, 1),
+        GATES[gate], tiling.block_n, tiling.block_w, even, even and k == words_per_row * 8, tiling.ahead,
+        overlaps_launches(x_1K.device), not INTERPRETED, **launch_options(x_1K.device, tiling.num_warps, 1),
     )  # fmt: skip
     return out_1N

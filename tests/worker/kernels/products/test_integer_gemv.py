@@ -9,7 +9,15 @@ from harness.kernels.kernel_checks import relative_error
 from harness.kernels.ptx import run_ptx
 from mgpu.protocol.checkpoint.quantized.gguf import GGUF_FORMATS
 from mgpu.protocol.model.weight_format import WeightFormat
-from mgpu.worker.kernels.products.integer_gemv import _DOT, _DOT_6, _PACK, integer_gemv, takes_integers
+from mgpu.worker.kernels.products.integer_gemv import (
+    _DOT,
+    _DOT_6,
+    _PACK,
+    IntegerGemvTiling,
+    choose_tiling,
+    integer_gemv,
+    takes_integers,
+)
 from mgpu.worker.quantization.packing import PackedWeight, dequantize, pack_int4
 from mgpu.worker.quantization.random_packed import random_packed
 
@@ -47,6 +55,34 @@ def test_products_equal_those_of_the_dequantized_weight(name: str, inputs: int, 
     assert relative_error(integer_gemv(x, weight), expected) < 2e-4
     narrow = x.bfloat16()
     assert relative_error(integer_gemv(narrow, weight), narrow.float() @ dequantize(weight, torch.float32).T) < 4e-3
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("inputs", [512, 1280])
+@pytest.mark.parametrize("words", [32, 64])
+def test_steps_that_are_loaded_ahead_give_the_same_sums(
+    name: str, inputs: int, words: int, device: torch.device
+) -> None:
+    weight = make(FORMS[name], 8, inputs, device)  # 1280 inputs are two steps and a half of 64 words
+    x = torch.randn(1, inputs, device=device).bfloat16()
+    first, ahead = (integer_gemv(x, weight, tiling=IntegerGemvTiling(4, words, 1, ahead)) for ahead in (False, True))
+    assert torch.equal(first, ahead)
+    assert relative_error(first, x.float() @ dequantize(weight, torch.float32).T) < 4e-3
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "tiling"),
+    [
+        (28672, 4096, IntegerGemvTiling(8, 256, 2)),
+        (4096, 14336, IntegerGemvTiling(8, 512, 4)),
+        (4096, 4096, IntegerGemvTiling(8, 256, 2, ahead=True)),
+    ],
+)
+def test_tiles_are_those_that_were_measured(outputs: int, inputs: int, tiling: IntegerGemvTiling) -> None:
+    words, pairs = torch.empty(outputs, inputs // 8, dtype=torch.int32), torch.empty(outputs, inputs // 32)
+    weight = PackedWeight("int4", words, pairs.to(torch.int32), inputs, 32)
+    assert choose_tiling(weight) == tiling
+    assert takes_integers(weight, torch.bfloat16)
 
 
 def test_gate_and_bias_are_those_of_other_products(device: torch.device) -> None:
