@@ -9,10 +9,12 @@ middle code; without an offset, codes are moved by a whole number of rounded sca
 
 import struct
 
+import torch
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from mgpu.worker.kernels.products.warpgroup.widen import GROUPS, PAIRS, SUM_FACTOR, spread_runs, twice
+from mgpu.worker.kernels.products.warpgroup.widen import GROUPS, PAIRS, SUM_FACTOR, spread_runs
 from mgpu.worker.quantization.packing import NL4, PackedWeight
 
 BLOCKS = gl.constexpr(2)
@@ -106,61 +108,142 @@ def registers_of(bits, has_offset):
     return "=r,=r" + ",r" * (words + upper + 2 + 2 * has_offset)
 
 
-@gluon.jit
-def _load_half(
-    scale_ptr, offset_ptr, factor, offset_factor, row, run, groups,
-    BITS: gl.constexpr, GROUP: gl.constexpr, HALF: gl.constexpr,
-):  # fmt: skip
-    """Return scale and offset of runs of 32 channels, or of half of each, float32 [rows, 8]."""
-    group = run * 2 + HALF if GROUP == 16 else run // (GROUP // 32)
-    places = row * groups + gl.expand_dims(gl.minimum(group, groups - 1), 0)
-    stored = gl.load(scale_ptr + places)
-    scale = (stored & 15 if BITS == 2 else stored).to(gl.float32) * factor
-    near = scale.to(gl.bfloat16).to(gl.float32)
-    offset = near
-    if BITS == 2:
-        offset = (stored >> 4).to(gl.float32) * offset_factor + (scale - near) * 1.5
-    elif offset_ptr is not None:
-        offset = gl.load(offset_ptr + places).to(gl.float32) * offset_factor
-        offset += (scale - near) * ((1 << BITS) - 1) * 0.5
-    return near, offset
+def stored_factors(weight: PackedWeight) -> tuple[Tensor, Tensor | None]:
+    """Return scales and scales of scales, of a run of 32 channels and of a block as one number."""
+    scales, supers = weight.scales, weight.supers
+    if weight.group == 16:
+        scales = scales.view(torch.int16)
+    if supers is not None and supers.shape[2] == 2:
+        supers = supers.view(torch.int32)
+    return scales, supers
+
+
+FACTOR_TILES = gl.constexpr(gl.SwizzledSharedLayout(4, 4, 2, [1, 0]))
+
+
+@gluon.constexpr_function
+def factor_layout(num_warps):
+    """Return the layout of what runs of 32 channels have, [16 rows a warp, 8]: a thread loads half a row."""
+    return gl.BlockedLayout([1, 4], [16, 2], [num_warps, 1], [1, 0])
 
 
 @gluon.jit
-def load_block_factors(
-    scale_ptr, offset_ptr, super_ptr, first_row, N, groups, blocks, block,
-    BITS: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr, WORDS: gl.constexpr, RUNS: gl.constexpr,
-):  # fmt: skip
-    """Return two scales and two offsets of each word.
-
-    The scales are those of the lower and the upper codes of a byte where codes have four bits, else scales and offsets
-    are those of the first and the last four codes.
-    """
-    rows = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, gl.SliceLayout(2, RUNS)))
+def load_stored(
+    scale_ptr, offset_ptr, super_ptr, first_row, N, blocks, block, ROWS: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """Return scales and offsets [rows, 8] as they are stored, and scales of scales [rows, 1]."""
+    rows = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
     row = gl.expand_dims(gl.minimum(rows, N - 1), 1)
     block = gl.minimum(block, blocks - 1)
-    run = block * 8 + gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, RUNS)))
-    factor, offset_factor = 1.0, 1.0
+    run = gl.expand_dims(gl.arange(0, 8, layout=gl.SliceLayout(0, LAYOUT)), 0)
+    places = row * (blocks * 8) + (block * 8 + run)
+    scale = gl.load(scale_ptr + places)
+    offset, factor = scale, scale
+    if offset_ptr is not None:
+        offset = gl.load(offset_ptr + places)
     if super_ptr is not None:
-        PAIR: gl.constexpr = 2 if BITS == 2 or offset_ptr is not None else 1
-        super_ptrs = super_ptr + (row * blocks + block) * PAIR
-        factor = gl.load(super_ptrs).to(gl.float32)
-        if PAIR == 2:
-            offset_factor = -gl.load(super_ptrs + 1).to(gl.float32)
-    first, offset = _load_half(scale_ptr, offset_ptr, factor, offset_factor, row, run, groups, BITS, GROUP, 0)
-    last, last_offset = first, offset
-    if GROUP == 16:
-        last, last_offset = _load_half(scale_ptr, offset_ptr, factor, offset_factor, row, run, groups, BITS, GROUP, 1)
-    # 2^117 or, for the upper codes of a byte, 2^113; the values of a table are no codes.
-    unit: gl.constexpr = 1.0 / SUM_FACTOR if BITS == TABLE else 1.661534994731145e35
-    low_scale = twice(first * unit)
-    high_scale = twice(last * (unit / 16.0 if BITS == 4 else unit))
-    low_offset, high_offset = twice(offset / SUM_FACTOR), twice(last_offset / SUM_FACTOR)
+        factor = gl.load(super_ptr + (row * blocks + block))
+    return scale, offset, factor
+
+
+@gluon.jit
+def _half(bits):
+    return bits.to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
+
+
+@gluon.jit
+def _pair(low, high):
+    """Return words of two numbers in bfloat16."""
+    low = low.to(gl.bfloat16).to(gl.uint16, bitcast=True).to(gl.int32)
+    return low | (high.to(gl.bfloat16).to(gl.uint16, bitcast=True).to(gl.int32) << 16)
+
+
+@gluon.jit
+def _with_offset(scale, offset, BITS: gl.constexpr):
+    """Return what is added; what rounding the scale changes is made up for, for the middle code."""
+    lost = scale - scale.to(gl.bfloat16).to(gl.float32)
+    return (offset + lost * (((1 << BITS) - 1) * 0.5)) / SUM_FACTOR
+
+
+@gluon.jit
+def pair_factors(
+    scale, offset, factor, BITS: gl.constexpr, GROUP: gl.constexpr, HAS_OFFSET: gl.constexpr, NESTED: gl.constexpr
+):
+    """Return words of a scale and an offset, or of the two scales of a run; and of its two offsets (2 bits)."""
+    # The values of a table are no codes, which are read as their 2^-133.
+    UNIT: gl.constexpr = 1.0 / 65536.0 if BITS == TABLE else 1.661534994731145e35
+    by_scale, by_offset = 1.0, 1.0
+    if NESTED:
+        if HAS_OFFSET:
+            by_scale, by_offset = _half(factor), -_half(factor >> 16)
+        else:
+            by_scale = factor.to(gl.float32)
+    if BITS == 2:
+        stored = scale.to(gl.int32)
+        first, last = (stored & 15).to(gl.float32) * by_scale, ((stored >> 8) & 15).to(gl.float32) * by_scale
+        first_offset = _with_offset(first, ((stored >> 4) & 15).to(gl.float32) * by_offset, BITS)
+        last_offset = _with_offset(last, ((stored >> 12) & 15).to(gl.float32) * by_offset, BITS)
+        both, offsets = _pair(first * UNIT, last * UNIT), _pair(first_offset, last_offset)
+    elif GROUP == 16:
+        stored = scale.to(gl.int32)
+        first, last = ((stored << 24) >> 24).to(gl.float32) * by_scale, (stored >> 8).to(gl.float32) * by_scale
+        both = _pair(first * UNIT, last * UNIT)
+        offsets = both
+    else:
+        number = scale.to(gl.float32) * by_scale
+        added = number * UNIT
+        if HAS_OFFSET:
+            added = _with_offset(number, offset.to(gl.float32) * by_offset, BITS)
+        both = _pair(number * UNIT, added)
+        offsets = both
+    return both, offsets
+
+
+@gluon.jit
+def store_factors(
+    tiles, slot, scale, offset, factor,
+    BITS: gl.constexpr, GROUP: gl.constexpr, HAS_OFFSET: gl.constexpr, NESTED: gl.constexpr,
+):  # fmt: skip
+    """Put the factors of a block into shared memory."""
+    both, offsets = pair_factors(scale, offset, factor, BITS, GROUP, HAS_OFFSET, NESTED)
+    tiles.index(slot).store(both)
+    if BITS == 2:
+        tiles.index(slot + 2).store(offsets)
+
+
+@gluon.jit
+def _twice_each(pairs):
+    """Return the lower and the upper number of each word, twice each."""
+    return gl.inline_asm_elementwise(
+        "prmt.b32 $0, $2, $2, 0x1010; prmt.b32 $1, $2, $2, 0x3232;", "=r,=r,r", [pairs],
+        dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def load_block_factors(tiles, slot, BITS: gl.constexpr, ROWS: gl.constexpr, WORDS: gl.constexpr, RUNS: gl.constexpr):
+    """Return two scales and two offsets of each word, twice each.
+
+    The scales are those of the lower and the upper codes of a byte where codes have four bits, else scales and offsets
+    are those of the first and the last four codes, if groups have 16 channels.
+    """
+    PER_RUN: gl.constexpr = gl.SliceLayout(2, RUNS)
+    first, second = _twice_each(tiles.index(slot).load(PER_RUN))
+    third, fourth = second, second
+    if BITS == 4:
+        second = gl.inline_asm_elementwise(
+            "{ .reg .b32 c, z; mov.b32 c, 0x3D803D80; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, c, z; }",
+            "=r,r", [first], dtype=gl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    elif BITS == 2:
+        third, fourth = _twice_each(tiles.index(slot + 2).load(PER_RUN))
+    elif BITS == 5 or BITS == TABLE:
+        second = first
     return (
-        spread_runs(low_scale, ROWS, WORDS, RUNS),
-        spread_runs(high_scale, ROWS, WORDS, RUNS),
-        spread_runs(low_offset, ROWS, WORDS, RUNS),
-        spread_runs(high_offset, ROWS, WORDS, RUNS),
+        spread_runs(first, ROWS, WORDS, RUNS),
+        spread_runs(second, ROWS, WORDS, RUNS),
+        spread_runs(third, ROWS, WORDS, RUNS),
+        spread_runs(fourth, ROWS, WORDS, RUNS),
     )
 
 

@@ -29,9 +29,14 @@ from mgpu.worker.kernels.layers.arrange import arrange_rows
 from mgpu.worker.kernels.products.warpgroup.blocks import (
     BLOCKS,
     CODE_BITS,
+    FACTOR_TILES,
     copy_of,
+    factor_layout,
     kind_of,
     load_block_factors,
+    load_stored,
+    store_factors,
+    stored_factors,
     tiles_of,
     widen_codes,
 )
@@ -95,25 +100,6 @@ def _add_splits(out, partial_ptr, counter_ptr, tile, split, offsets, SPLITS: gl.
 
 
 @gluon.jit
-def _load_factors(
-    scale_ptr, zero_ptr, offset_ptr, super_ptr, first_row, N, groups, blocks, block,
-    KIND: gl.constexpr, BITS: gl.constexpr, GROUP: gl.constexpr,
-    ROWS: gl.constexpr, WORDS: gl.constexpr, RUNS: gl.constexpr,
-):  # fmt: skip
-    """Return the four factors of each word that `_widen` takes."""
-    if KIND == BLOCKS:
-        first, second, third, fourth = load_block_factors(
-            scale_ptr, offset_ptr, super_ptr, first_row, N, groups, blocks, block, BITS, GROUP, ROWS, WORDS, RUNS
-        )
-    else:
-        first, second, third = load_factors(
-            scale_ptr, zero_ptr, first_row, N, groups, block, KIND, GROUP, ROWS, WORDS, RUNS
-        )
-        fourth = third
-    return first, second, third, fourth
-
-
-@gluon.jit
 def _widen(
     words, upper, first, second, third, fourth,
     BYTE: gl.constexpr, BITS: gl.constexpr, HAS_OFFSET: gl.constexpr, OPERAND: gl.constexpr,
@@ -135,6 +121,8 @@ def _warpgroup_gemm_kernel(
 ):  # fmt: skip
     HAS_HIGH: gl.constexpr = high_ptr is not None
     HAS_OFFSET: gl.constexpr = BITS == 2 or offset_ptr is not None
+    NESTED: gl.constexpr = super_ptr is not None
+    STORED: gl.constexpr = factor_layout(num_warps)
     OCTETS: gl.constexpr = 2 if BITS < 4 else 4
     HIGH_OCTETS: gl.constexpr = 2 if BITS == 6 else 1
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
@@ -165,6 +153,8 @@ def _warpgroup_gemm_kernel(
     x_ptrs = x_ptr + gl.expand_dims(copied_m * x_stride, 1) + gl.expand_dims(place, 0)
     x_mask = gl.expand_dims(copied_m < M, 1)
     first_step, last_step = begin * STEPS, end * STEPS
+    if KIND == BLOCKS:
+        fs = gl.allocate_shared_memory(gl.int32, [4 if BITS == 2 else 2, BLOCK_N, 8], FACTOR_TILES)
     if HAS_HIGH:
         hs = gl.allocate_shared_memory(high_ptr.dtype.element_ty, [WORD_SLOTS, BLOCK_N, 32], tiles_of(HIGH_OCTETS))
         high_n = gl.minimum(first_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, HIGH_COPY)), N - 1)
@@ -176,6 +166,14 @@ def _warpgroup_gemm_kernel(
             async_copy.async_copy_global_to_shared(ws.index(slot), w_ptrs + (begin + slot) * 32)
             if HAS_HIGH:
                 async_copy.async_copy_global_to_shared(hs.index(slot), high_ptrs + (begin + slot) * 32)
+    if KIND == BLOCKS:
+        stored = load_stored(scale_ptr, offset_ptr, super_ptr, first_n, N, blocks, begin, BLOCK_N, STORED)
+        later = load_stored(scale_ptr, offset_ptr, super_ptr, first_n, N, blocks, begin + 1, BLOCK_N, STORED)
+        scale, offset, factor = load_stored(
+            scale_ptr, offset_ptr, super_ptr, first_n, N, blocks, begin + 2, BLOCK_N, STORED
+        )
+        store_factors(fs, 0, stored[0], stored[1], stored[2], BITS, GROUP, HAS_OFFSET, NESTED)
+        store_factors(fs, 1, later[0], later[1], later[2], BITS, GROUP, HAS_OFFSET, NESTED)
     if OVERLAP:
         gl.inline_asm_elementwise(
             "griddepcontrol.launch_dependents; griddepcontrol.wait; // $0", "=r", [], gl.int32, is_pure=False, pack=1
@@ -184,12 +182,15 @@ def _warpgroup_gemm_kernel(
         if first_step + step < last_step:
             _copy_rows(xs, x_ptrs, x_mask, step, first_step + step, QUARTERS, ARRANGED)
         async_copy.commit_group()
-    first, second, third, fourth = _load_factors(
-        scale_ptr, zero_ptr, offset_ptr, super_ptr, first_n, N, groups, blocks, begin,
-        KIND, BITS, GROUP, BLOCK_N, WORDS, RUNS,
-    )  # fmt: skip
+    if KIND != BLOCKS:
+        first, second, third = load_factors(
+            scale_ptr, zero_ptr, first_n, N, groups, begin, KIND, GROUP, BLOCK_N, WORDS, RUNS
+        )
+        fourth = third
     async_copy.wait_group(AHEAD - 1)
     gl.thread_barrier()
+    if KIND == BLOCKS:
+        first, second, third, fourth = load_block_factors(fs, 0, BITS, BLOCK_N, WORDS, RUNS)
     words = ws.index(0).load(WORDS)
     upper = hs.index(0).load(WORDS).to(gl.int16) if HAS_HIGH else words
     low, high = _widen(words, upper, first, second, third, fourth, 0, BITS, HAS_OFFSET, OPERAND)
@@ -213,19 +214,29 @@ def _warpgroup_gemm_kernel(
                             source = high_ptrs + (block + WORD_SLOTS) * 32
                             async_copy.async_copy_global_to_shared(hs.index(i % WORD_SLOTS), source)
                 async_copy.commit_group()
-            if quarter == LOAD_AT:
-                next_first, next_second, next_third, next_fourth = _load_factors(
-                    scale_ptr, zero_ptr, offset_ptr, super_ptr, first_n, N, groups, blocks, block + 1,
-                    KIND, BITS, GROUP, BLOCK_N, WORDS, RUNS,
-                )  # fmt: skip
+            if quarter == LOAD_AT:  # noqa: SIM102 - known while compiling
+                if KIND != BLOCKS:
+                    next_first, next_second, next_third = load_factors(
+                        scale_ptr, zero_ptr, first_n, N, groups, block + 1, KIND, GROUP, BLOCK_N, WORDS, RUNS
+                    )
+                    next_fourth = next_third
             x = xs.index((i * 4 + quarter) % (STAGES * QUARTERS)).permute((1, 0))
             acc = warpgroup_mma(low, x.slice(0, 32, dim=0), acc, is_async=True)
             acc = warpgroup_mma(high, x.slice(32, 32, dim=0), acc, is_async=True)
+            if quarter == 0:  # noqa: SIM102 - known while compiling
+                if KIND == BLOCKS:
+                    store_factors(fs, i % 2, scale, offset, factor, BITS, GROUP, HAS_OFFSET, NESTED)
+                    scale, offset, factor = load_stored(
+                        scale_ptr, offset_ptr, super_ptr, first_n, N, blocks, block + 3, BLOCK_N, STORED
+                    )
             if quarter == 3:
                 words = ws.index((i + 1) % WORD_SLOTS).load(WORDS)
                 if HAS_HIGH:
                     upper = hs.index((i + 1) % WORD_SLOTS).load(WORDS).to(gl.int16)
-                first, second, third, fourth = next_first, next_second, next_third, next_fourth
+                if KIND == BLOCKS:
+                    first, second, third, fourth = load_block_factors(fs, (i + 1) % 2, BITS, BLOCK_N, WORDS, RUNS)
+                else:
+                    first, second, third, fourth = next_first, next_second, next_third, next_fourth
             acc, _, _ = warpgroup_mma_wait(2, deps=[acc, last_low, last_high])
             last_low, last_high = low, high
             low, high = _widen(words, upper, first, second, third, fourth, (quarter + 1) % 4, BITS, HAS_OFFSET, OPERAND)
@@ -278,9 +289,10 @@ def warpgroup_gemm(
     tiles = ceil_div(n, tiling.block_n) * row_tiles
     workspace = workspace or default_workspace(x_MK.device)
     splits = workspace.most_splits(tiling.splits, tiles, tiling.block_n * tiling.block_m)
+    scales, supers = stored_factors(weight)
     _warpgroup_gemm_kernel[(tiles, splits)](
-        x_MK, weight.words, weight.high, weight.scales, weight.zeros, weight.offsets, weight.supers,
-        bias_N, out_MN, workspace.partials, workspace.counters,
+        x_MK, weight.words, weight.high, scales, weight.zeros, weight.offsets, supers, bias_N,
+        out_MN, workspace.partials, workspace.counters,
         rows, n, weight.scales.shape[1], blocks, ceil_div(blocks, splits), row_tiles,
         x_MK.stride(0), out_MN.stride(0),
         kind_of(weight), CODE_BITS[weight.kind], weight.group, splits, tiling.block_m, tiling.block_n,
