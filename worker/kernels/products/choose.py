@@ -18,7 +18,7 @@ from mgpu.worker.kernels.products.integer_gemv import integer_gemv, takes_intege
 from mgpu.worker.kernels.products.quantized_gemm import quantized_gemm
 from mgpu.worker.kernels.products.quantized_gemv import quantized_gemv
 from mgpu.worker.kernels.products.warpgroup import blocks_trial, float8_trial, integer_trial, octet_trial
-from mgpu.worker.kernels.products.warpgroup.trial import WordsProduct, span_of, takes_words, words_product
+from mgpu.worker.kernels.products.warpgroup.trial import WordsProduct, takes_words, words_product
 from mgpu.worker.quantization.float8_rows import BLOCK
 from mgpu.worker.quantization.packing import PackedWeight
 
@@ -90,7 +90,7 @@ def _blocks_product(rows: int, weight: PackedWeight, name: str) -> WordsProduct 
 def _words_product(rows: int, weight: PackedWeight) -> WordsProduct | None:
     """Return the product of so many rows with 4-bit words, if it is one by warpgroups."""
     device = weight.words.device
-    if float8_trial.LEAST_ROWS[span_of(weight)] <= rows <= float8_trial.MOST_ROWS:
+    if float8_trial.LEAST_ROWS <= rows <= float8_trial.MOST_ROWS:
         product = float8_trial.float8_words_product(device)
         if product is not None:
             return product

@@ -11,7 +11,7 @@ from mgpu.protocol.model.weight_format import WeightFormat
 from mgpu.worker.kernels.layers.float8_codes import quantize_spans
 from mgpu.worker.kernels.products import choose
 from mgpu.worker.kernels.products.warpgroup import codes, float8_gemm, float8_trial, trial
-from mgpu.worker.kernels.runtime import LAUNCH_MODE, default_workspace, workspace_for
+from mgpu.worker.kernels.runtime import HOPPER_SMS, LAUNCH_MODE, default_workspace, workspace_for
 from mgpu.worker.quantization.float8_rows import round_rows
 from mgpu.worker.quantization.packing import PackedWeight, dequantize, pack_int4
 from mgpu.worker.quantization.random_packed import random_packed
@@ -87,14 +87,15 @@ def test_codes_are_float8_as_they_lie_in_a_word() -> None:
 
 @pytest.mark.parametrize("rows", [65, 128, 129, 512])
 @pytest.mark.parametrize(("outputs", "inputs"), [(1024, 4096), (28672, 4096), (8192, 28672)])
-def test_what_a_tile_keeps_fits_into_shared_memory(rows: int, outputs: int, inputs: int) -> None:
-    for span in (32, 64, 128):
-        tiling = float8_gemm.choose_tiling(rows, outputs, inputs, span)
-        steps = inputs // 128
-        steps_per_split = -(-steps // tiling.splits // 8) * 8
-        assert steps_per_split * 128 // span <= 64 * float8_gemm.MOST_CHUNKS
-        rings = tiling.stages * (tiling.block_n * 64 + float8_gemm.BLOCK_M * 128)
-        assert rings + float8_gemm.MOST_CHUNKS * float8_gemm.BLOCK_M * 128 <= (227 << 10) - 1024
+def test_programs_have_about_as_many_steps_each(rows: int, outputs: int, inputs: int) -> None:
+    programs = float8_gemm.choose_programs(rows, outputs, inputs)
+    tiles, steps = -(-outputs // float8_gemm.BLOCK_N) * -(-rows // float8_gemm.BLOCK_M), inputs // codes.STEP
+    assert 1 <= programs <= HOPPER_SMS
+    assert tiles * steps / programs <= 1.3 * tiles * steps / HOPPER_SMS + 4
+    partials = programs * 2 * float8_gemm.BLOCK_M * float8_gemm.BLOCK_N  # of the first and the last tile
+    assert partials <= 1 << 23
+    rings = float8_gemm.STAGES * (float8_gemm.BLOCK_N * 64 + float8_gemm.BLOCK_M * 128)
+    assert rings <= (227 << 10) - 8192  # where results change their layout
 
 
 @pytest.mark.gpu
@@ -115,12 +116,12 @@ def test_products_equal_those_of_rounded_rows(name: str) -> None:
         assert relative_error(found, expected + bias) < 6e-3
 
 
-def test_rows_and_groups_decide_which_product_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_rows_decides_which_product_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose, "words_product", lambda device: "words")
     monkeypatch.setattr(float8_trial, "float8_words_product", lambda device: "float8")
     cpu = torch.device("cpu")
-    for name, least in (("pairs", 129), ("groups of 64", 129), ("GPTQ", 65), ("a scale per output", 65)):
-        found = [choose._words_product(rows, make(name, 8, 256, cpu)) for rows in (2, least - 1, least, 512, 513)]
+    for name in FORMS:
+        found = [choose._words_product(rows, make(name, 8, 256, cpu)) for rows in (2, 64, 65, 512, 513)]
         assert found == ["words", "words", "float8", "float8", None]
 
 
@@ -136,11 +137,9 @@ def test_a_device_that_fails_the_trial_stays_weight_only(monkeypatch: pytest.Mon
     assert float8_trial.float8_words_product(device) is None
 
 
-def test_a_deep_and_wide_product_has_scratch_of_its_own() -> None:
-    """Of 512 rows, `down` of a Qwen3-32B in groups of 32 must be split, into more than the shared scratch holds."""
-    tiling, shared = float8_gemm.choose_tiling(512, 5120, 25600, 32), default_workspace(CPU)
-    needed = (5120 // 128) * 4 * tiling.splits * 128 * 128
-    assert needed > shared.partials.numel()
+def test_a_product_that_needs_more_has_scratch_of_its_own() -> None:
+    shared = default_workspace(CPU)
+    needed = shared.partials.numel() + 1
     own = workspace_for(CPU, needed, 160)
     assert own.partials.numel() == needed
     assert own.counters.tolist() == [0] * 160

@@ -15,8 +15,8 @@ from mgpu.worker.quantization.packing import PackedWeight, dequantize
 
 log = logging.getLogger(__name__)
 
-LEAST_ROWS = {32: 129, 64: 129, 128: 65}
-"""Rows from which rounding activations to float8 is faster, by the channels that share a scale."""
+LEAST_ROWS = 65
+"""Rows from which rounding activations to float8 is faster."""
 MOST_ROWS = 512
 """More rows dequantize the weight once, and round nothing."""
 _TOLERANCE = 1e-2
@@ -53,7 +53,7 @@ def _tried(device: torch.device) -> WordsProduct | None:
     if problem := trial_problem(lambda: trial_error(device), _TOLERANCE):
         log.warning("4-bit weights stay weight-only, products with float8 rows were tried: %s", problem)
         return None
-    log.info("4-bit products of %d rows and more round activations to float8 (W4A8)", min(LEAST_ROWS.values()))
+    log.info("4-bit products of %d rows and more round activations to float8 (W4A8)", LEAST_ROWS)
     return _product
 
 
