@@ -98,11 +98,13 @@ class Engine:
         failure: Exception | None = None
         try:
             self._start()
-            while self._life.state is not ServerState.STOPPED:
+            while not self._has_stopped():
                 try:
                     self._bridge.take_in()
                     if not self._is_announced:  # the announcement may have waited for a message of the gateway only
                         self._update_state()
+                        if self._has_stopped():  # a signal has ended the start
+                            break
                     self._steps.publish()
                     self._bridge.emit()  # refusals and cancellations do not wait for the next result
                     self._wait()  # the only place that sleeps
@@ -139,6 +141,9 @@ class Engine:
             self._enter(ServerState.READY if self._workers.is_ready else ServerState.RECOVERING)
         elif not self._is_announced and state is ServerState.READY:
             self._announce_when_known()
+
+    def _has_stopped(self) -> bool:
+        return self._life.state is ServerState.STOPPED
 
     def _enter(self, state: ServerState) -> None:
         self._life.enter(state)
@@ -319,7 +324,7 @@ class Engine:
         removes what is left.
         """
         self._progress.close()
-        if self._life.state is not ServerState.STOPPED:
+        if not self._has_stopped():
             self._life.enter(ServerState.STOPPED)
         if failure is None:
             self._shut_down("")

@@ -86,3 +86,12 @@ def test_after_a_recovery_the_gateway_has_its_whole_time_to_answer(parts: Parts)
         parts.engine._update_state()
     assert parts.engine._life.state is ServerState.READY
     parts.runtime.announce.assert_not_called()
+
+
+def test_a_signal_before_the_first_plan_of_a_start_ends_it_once(parts: Parts) -> None:
+    engine = parts.engine
+    engine._start, engine._shut_down, engine._wait = MagicMock(), MagicMock(), MagicMock()
+    engine._bridge.take_in = lambda: engine._signals.received.append(signal.SIGTERM)
+    assert engine.run() == -signal.SIGTERM
+    engine._shut_down.assert_called_once_with("")
+    engine._wait.assert_not_called()
