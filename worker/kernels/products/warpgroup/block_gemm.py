@@ -22,7 +22,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from mgpu.worker.kernels.products.warpgroup.gemm import _add_splits
+from mgpu.worker.kernels.products.warpgroup.tile_end import (
+    add_splits,
+    block_places,
+    let_next_start,
+    store_tile,
+    wait_for_earlier,
+)
 from mgpu.worker.kernels.runtime import (
     HOPPER_SMS,
     Workspace,
@@ -60,7 +66,6 @@ def _block_gemm_kernel(
 ):  # fmt: skip
     BLOCK_N: gl.constexpr = 128
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 32])
-    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, num_warps], [0, 1])
     AHEAD: gl.constexpr = STAGES - 1
     BYTES: gl.constexpr = (BLOCK_N + BLOCK_M) * 128
     tile, split = gl.program_id(0), gl.program_id(1)
@@ -82,17 +87,14 @@ def _block_gemm_kernel(
                 w_tiles, [first_n, (begin + stage) * 128], arrivals.index(stage), ws.index(stage)
             )
     if OVERLAP:
-        gl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; griddepcontrol.wait; // $0", "=r", [], gl.int32, is_pure=False, pack=1
-        )
+        let_next_start()
+        wait_for_earlier()
     for stage in gl.static_range(AHEAD):
         if begin + stage < end:
             tma.async_copy_global_to_shared(
                 x_tiles, [first_m, (begin + stage) * 128], arrivals.index(stage), xs.index(stage)
             )
-    slot_n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, SUMS))
-    slot_m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SUMS))
-    x_scale_ptrs = x_scale_ptr + gl.minimum(first_m + slot_m, M - 1)
+    x_scale_ptrs = x_scale_ptr + gl.minimum(first_m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SUMS)), M - 1)
     scale_ptr += first_n // 128 * steps
     first = gl.minimum(begin, steps - 1)
     scales = gl.load(x_scale_ptrs + first * padded_m) * gl.load(scale_ptr + first)
@@ -121,21 +123,11 @@ def _block_gemm_kernel(
         scales = next_scales
 
     is_done = 1
-    if SPLITS > 1:  # blocks of 8 x 8 sums, as warps have them
-        offsets = gl.expand_dims(slot_n // 8 * (8 * BLOCK_M) + slot_n % 8 * 8, 1)
-        offsets = offsets + gl.expand_dims(slot_m // 8 * 64 + slot_m % 8, 0)
-        acc, is_done = _add_splits(acc, partial_ptr, counter_ptr, tile, split, offsets, SPLITS, BLOCK_N * BLOCK_M)
+    if SPLITS > 1:
+        places = block_places(SUMS, BLOCK_N, BLOCK_M, 8)
+        acc, is_done = add_splits(acc, partial_ptr, counter_ptr, tile, split, places, SPLITS, BLOCK_N * BLOCK_M)
     if is_done:
-        if bias_ptr is not None:
-            rows = gl.minimum(first_n + slot_n, N - 1)
-            acc += gl.expand_dims(gl.load(bias_ptr + rows).to(gl.float32), 1)
-        gl.thread_barrier()
-        out = gl.convert_layout(acc.to(gl.bfloat16), OUT)
-        n = first_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, OUT))
-        m = first_m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, OUT))
-        mask = gl.expand_dims(m < M, 0) & gl.expand_dims(n < N, 1)
-        y_ptrs = y_ptr + gl.expand_dims(m.to(gl.int64) * y_stride, 0) + gl.expand_dims(n, 1)
-        gl.store(y_ptrs, out, mask=mask)
+        store_tile(acc, bias_ptr, y_ptr, first_n, first_m, M, N, y_stride, SUMS, num_warps, True)
 
 
 def choose_tiling(rows: int, n: int, k: int) -> BlockTiling:

@@ -30,6 +30,7 @@ from mgpu.worker.kernels.layers.float8_codes import SpanRows
 from mgpu.worker.kernels.products.warpgroup.codes import STEP, X_TILES, byte_layout, codes_of, scale_layout
 from mgpu.worker.kernels.products.warpgroup.float8_steps import add_step, factors_of, load_biases, load_scales
 from mgpu.worker.kernels.products.warpgroup.parts import add_parts, fewest_steps, place, share
+from mgpu.worker.kernels.products.warpgroup.tile_end import let_next_start, store_tile, wait_for_earlier
 from mgpu.worker.kernels.products.warpgroup.widen import GROUPS, PAIRS
 from mgpu.worker.kernels.runtime import (
     Workspace,
@@ -78,7 +79,7 @@ def _copy(
             at = [first_n, (begin + stage) * 64]
             tma.async_copy_global_to_shared(w_tiles, at, full.index(stage), ws.index(stage))
     if OVERLAP:
-        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
+        wait_for_earlier()
     ring, begun = 0, gl.minimum(count, STAGES)
     for tile in range(first // steps, (end + steps - 1) // steps):
         first_n, first_m, begin, count = place(tile, first, end, columns, steps, BLOCK_M, BLOCK_N)
@@ -128,7 +129,6 @@ def _multiply(
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 4)
     WIDE_SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     WIDE_OPERAND: gl.constexpr = gl.DotOperandLayout(0, WIDE_SUMS, 2)
-    STORED: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
     SPANS: gl.constexpr = 128 // SPAN
     ws, xs = ring_buffers
     full, empty = barriers
@@ -184,14 +184,7 @@ def _multiply(
         if is_done:
             m = first_m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SUMS))
             acc *= gl.expand_dims(gl.load(x_scale_ptr + gl.minimum(m, M - 1)), 0)
-            if bias_ptr is not None:
-                n_biased = gl.minimum(first_n + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SUMS)), N - 1)
-                acc += gl.expand_dims(gl.load(bias_ptr + n_biased).to(gl.float32), 1)
-            y = gl.convert_layout(acc.to(gl.bfloat16), STORED)
-            n_y = first_n + gl.arange(0, ROWS, layout=gl.SliceLayout(1, STORED))
-            m_y = first_m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, STORED))
-            mask = gl.expand_dims(m_y < M, 0) & gl.expand_dims(n_y < N, 1)
-            gl.store(y_ptr + gl.expand_dims(m_y * y_stride, 0) + gl.expand_dims(n_y, 1), y, mask=mask)
+            store_tile(acc, bias_ptr, y_ptr, first_n, first_m, M, N, y_stride, SUMS, 4, False)
 
 
 @gluon.jit(do_not_specialize=["M", "tiles", "columns", "steps"])
@@ -213,7 +206,7 @@ def _float8_words_kernel(
         mbarrier.init(empty.index(stage), count=2)
     fence_async_shared()
     if OVERLAP:
-        gl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
+        let_next_start()
     ring_buffers, barriers, maps = (ws, xs), (full, empty), (w_tiles, x_tiles, sum_tiles)
     factors, outputs = (x_scale_ptr, scale_ptr, zero_ptr, bias_ptr), (y_ptr, partial_ptr, counter_ptr)
     gl.warp_specialize(

@@ -40,6 +40,7 @@ from mgpu.worker.kernels.products.warpgroup.blocks import (
     tiles_of,
     widen_codes,
 )
+from mgpu.worker.kernels.products.warpgroup.tile_end import add_splits, let_next_start, wait_for_earlier
 from mgpu.worker.kernels.products.warpgroup.widen import SUM_FACTOR, load_factors, widen, word_layouts
 from mgpu.worker.kernels.runtime import (
     Workspace,
@@ -81,22 +82,6 @@ def _copy_rows(xs, x_ptrs, mask, slot, step, QUARTERS: gl.constexpr, ARRANGED: g
         at = step * QUARTERS + quarter
         source = x_ptrs + (at * 64 if ARRANGED else at // 4 * 256 + at % 4 * 8)
         async_copy.async_copy_global_to_shared(xs.index(slot * QUARTERS + quarter), source, mask=mask)
-
-
-@gluon.jit
-def _add_splits(out, partial_ptr, counter_ptr, tile, split, offsets, SPLITS: gl.constexpr, SIZE: gl.constexpr):
-    """As `quantized_gemm.add_partials`: return (sum over splits, 1) in a tile's last program, else (own sum, 0)."""
-    base = partial_ptr + tile * (SPLITS * SIZE)
-    gl.store(base + split * SIZE + offsets, out)
-    gl.thread_barrier()
-    arrived = gl.atomic_add(counter_ptr + tile, 1, sem="acq_rel")
-    is_last = (arrived == SPLITS - 1).to(gl.int32)
-    if is_last:
-        out = gl.load(base + offsets, cache_modifier=".cg")
-        for other in gl.static_range(1, SPLITS):
-            out += gl.load(base + other * SIZE + offsets, cache_modifier=".cg")
-        gl.store(counter_ptr + tile, 0)
-    return out, is_last
 
 
 @gluon.jit
@@ -175,9 +160,8 @@ def _warpgroup_gemm_kernel(
         store_factors(fs, 0, stored[0], stored[1], stored[2], BITS, GROUP, HAS_OFFSET, NESTED)
         store_factors(fs, 1, later[0], later[1], later[2], BITS, GROUP, HAS_OFFSET, NESTED)
     if OVERLAP:
-        gl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; griddepcontrol.wait; // $0", "=r", [], gl.int32, is_pure=False, pack=1
-        )
+        let_next_start()
+        wait_for_earlier()
     for step in gl.static_range(AHEAD):
         if first_step + step < last_step:
             _copy_rows(xs, x_ptrs, x_mask, step, first_step + step, QUARTERS, ARRANGED)
@@ -249,7 +233,7 @@ def _warpgroup_gemm_kernel(
     is_done = 1
     if SPLITS > 1:
         offsets = gl.expand_dims((n - first_n) * BLOCK_M, 1) + gl.expand_dims(m - first_m, 0)
-        acc, is_done = _add_splits(acc, partial_ptr, counter_ptr, tile, split, offsets, SPLITS, BLOCK_N * BLOCK_M)
+        acc, is_done = add_splits(acc, partial_ptr, counter_ptr, tile, split, offsets, SPLITS, BLOCK_N * BLOCK_M)
     if is_done:
         if bias_ptr is not None:
             acc += gl.expand_dims(gl.load(bias_ptr + gl.minimum(n, N - 1)).to(gl.float32), 1)

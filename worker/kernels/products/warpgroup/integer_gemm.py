@@ -25,7 +25,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from mgpu.worker.kernels.products.warpgroup.gemm import _add_splits
+from mgpu.worker.kernels.products.warpgroup.tile_end import (
+    add_splits,
+    block_places,
+    let_next_start,
+    store_tile,
+    wait_for_earlier,
+)
 from mgpu.worker.kernels.runtime import (
     HOPPER_SMS,
     Workspace,
@@ -84,7 +90,7 @@ def _produce(
                 w_tiles, [first_n, (begin + stage) * STEP], full.index(stage), ws.index(stage)
             )
     if OVERLAP:
-        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
+        wait_for_earlier()
     first_count = count
     ring = 0
     for work in range(gl.program_id(0), works, gl.num_programs(0)):
@@ -112,13 +118,10 @@ def _consume(
     SPLITS: gl.constexpr, HALF: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
-    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
     slot_n = gl.arange(0, 64, layout=gl.SliceLayout(1, HALF))
     slot_m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, HALF))
-    out_n = gl.arange(0, 64, layout=gl.SliceLayout(1, OUT))
-    out_m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, OUT))
     if OVERLAP:
-        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
+        wait_for_earlier()
     ring = 0
     for work in range(gl.program_id(0), works, gl.num_programs(0)):
         tile, split, tile_n, first_m, _, count = _place(work, row_tiles, steps, steps_per_split, SPLITS)
@@ -142,22 +145,15 @@ def _consume(
         sums = upper.to(gl.float32) * 256.0 + lower.to(gl.float32)
         sums = gl.convert_layout(sums, HALF, assert_trivial=True)
         is_done = 1
-        if SPLITS > 1:  # blocks of 8 x 4 sums, as warps have them
-            offsets = gl.expand_dims(slot_n // 8 * (8 * BLOCK_M) + slot_n % 8 * 4, 1)
-            offsets = offsets + gl.expand_dims(slot_m // 4 * 32 + slot_m % 4, 0)
-            sums, is_done = _add_splits(
-                sums, partial_ptr, counter_ptr, tile * 2 + PART, split, offsets, SPLITS, 64 * BLOCK_M
+        if SPLITS > 1:
+            places = block_places(HALF, 64, BLOCK_M, 4)
+            sums, is_done = add_splits(
+                sums, partial_ptr, counter_ptr, tile * 2 + PART, split, places, SPLITS, 64 * BLOCK_M
             )
         if is_done:
-            rows = gl.minimum(first_n + slot_n, N - 1)
-            sums *= gl.expand_dims(gl.load(scale_ptr + rows), 1)
+            sums *= gl.expand_dims(gl.load(scale_ptr + gl.minimum(first_n + slot_n, N - 1)), 1)
             sums *= gl.expand_dims(gl.load(x_scale_ptr + gl.minimum(first_m + slot_m, M - 1)), 0)
-            if bias_ptr is not None:
-                sums += gl.expand_dims(gl.load(bias_ptr + rows).to(gl.float32), 1)
-            out = gl.convert_layout(sums.to(gl.bfloat16), OUT)
-            mask = gl.expand_dims(first_m + out_m < M, 0) & gl.expand_dims(first_n + out_n < N, 1)
-            y_ptrs = y_ptr + gl.expand_dims((first_m + out_m).to(gl.int64) * y_stride, 0)
-            gl.store(y_ptrs + gl.expand_dims(first_n + out_n, 1), out, mask=mask)
+            store_tile(sums, bias_ptr, y_ptr, first_n, first_m, M, N, y_stride, HALF, 4, False)
 
 
 @gluon.jit(do_not_specialize=["M", "works", "steps", "steps_per_split", "row_tiles"])
@@ -175,7 +171,7 @@ def _integer_gemm_kernel(
         mbarrier.init(empty.index(stage), count=2)
     fence_async_shared()
     if OVERLAP:
-        gl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
+        let_next_start()
     gl.warp_specialize(
         [
             (_consume, (

@@ -23,8 +23,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from mgpu.worker.kernels.products.warpgroup.gemm import _add_splits
-from mgpu.worker.kernels.products.warpgroup.widen import word_layouts
+from mgpu.worker.kernels.products.warpgroup.tile_end import (
+    add_splits,
+    block_places,
+    let_next_start,
+    store_tile,
+    wait_for_earlier,
+)
+from mgpu.worker.kernels.products.warpgroup.widen import twice, word_layouts
 from mgpu.worker.kernels.runtime import (
     HOPPER_SMS,
     Workspace,
@@ -77,12 +83,6 @@ def _widen(words, scale, zero, PART: gl.constexpr, HAS_ZERO: gl.constexpr, OPERA
 
 
 @gluon.jit
-def _twice(numbers):
-    """Return each number as bfloat16 in both halves of a word."""
-    return numbers.to(gl.bfloat16).to(gl.uint16, bitcast=True).to(gl.int32) * 0x10001
-
-
-@gluon.jit
 def _load_factors(scale_ptr, zero_ptr, rows, block, groups, GROUP: gl.constexpr, PART: gl.constexpr):
     """Return scale and zero of the group that a part of a step is in, a number for each row, twice in a word."""
     if GROUP == 0:
@@ -91,10 +91,10 @@ def _load_factors(scale_ptr, zero_ptr, rows, block, groups, GROUP: gl.constexpr,
         group = gl.minimum(block // (GROUP // 128), groups - 1)
     else:
         group = gl.minimum(block * (128 // GROUP) + PART * 32 // GROUP, groups - 1)
-    scale = _twice(gl.load(scale_ptr + rows * groups + group).to(gl.float32))
+    scale = twice(gl.load(scale_ptr + rows * groups + group).to(gl.float32))
     zero = scale
     if zero_ptr is not None:
-        zero = _twice(gl.load(zero_ptr + rows * groups + group).to(gl.float32))
+        zero = twice(gl.load(zero_ptr + rows * groups + group).to(gl.float32))
     return scale, zero
 
 
@@ -127,7 +127,6 @@ def _octet_gemm_kernel(
 ):  # fmt: skip
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
-    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, num_warps], [0, 1])
     HAS_ZERO: gl.constexpr = zero_ptr is not None
     ROW_AHEAD: gl.constexpr = ROW_STAGES - 1
     tile, split = gl.program_id(0), gl.program_id(1)
@@ -152,9 +151,8 @@ def _octet_gemm_kernel(
                 w_tiles, [first_n, (begin + stage) * 32], w_full.index(stage), ws.index(stage)
             )
     if OVERLAP:
-        gl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; griddepcontrol.wait; // $0", "=r", [], gl.int32, is_pure=False, pack=1
-        )
+        let_next_start()
+        wait_for_earlier()
     for stage in gl.static_range(ROW_AHEAD):
         if begin * 2 + stage < end * 2:
             mbarrier.expect(x_full.index(stage), BLOCK_M * 128)
@@ -198,23 +196,12 @@ def _octet_gemm_kernel(
                     following = gl.minimum(block + 1, steps - 1)
                     s0, z0, s1, z1, s2, z2, s3, z3 = _load_all(scale_ptr, zero_ptr, rows, following, groups, GROUP)
     acc, _, _ = warpgroup_mma_wait(0, deps=[acc, last_low, last_high])
-    n = gl.arange(0, 128, layout=gl.SliceLayout(1, SUMS))
-    m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SUMS))
     is_done = 1
-    if SPLITS > 1:  # blocks of 8 x 8 sums, as warps have them
-        offsets = gl.expand_dims(n // 8 * (8 * BLOCK_M) + n % 8 * 8, 1)
-        offsets = offsets + gl.expand_dims(m // 8 * 64 + m % 8, 0)
-        acc, is_done = _add_splits(acc, partial_ptr, counter_ptr, tile, split, offsets, SPLITS, 128 * BLOCK_M)
+    if SPLITS > 1:
+        places = block_places(SUMS, 128, BLOCK_M, 8)
+        acc, is_done = add_splits(acc, partial_ptr, counter_ptr, tile, split, places, SPLITS, 128 * BLOCK_M)
     if is_done:
-        if bias_ptr is not None:
-            acc += gl.expand_dims(gl.load(bias_ptr + gl.minimum(first_n + n, N - 1)).to(gl.float32), 1)
-        gl.thread_barrier()
-        out = gl.convert_layout(acc.to(gl.bfloat16), OUT)
-        out_n = first_n + gl.arange(0, 128, layout=gl.SliceLayout(1, OUT))
-        out_m = first_m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, OUT))
-        mask = gl.expand_dims(out_m < M, 0) & gl.expand_dims(out_n < N, 1)
-        y_ptrs = y_ptr + gl.expand_dims(out_m.to(gl.int64) * y_stride, 0) + gl.expand_dims(out_n, 1)
-        gl.store(y_ptrs, out, mask=mask)
+        store_tile(acc, bias_ptr, y_ptr, first_n, first_m, M, N, y_stride, SUMS, num_warps, True)
 
 
 def choose_tiling(rows: int, n: int, k: int) -> OctetTiling:

@@ -10,6 +10,7 @@ from math import ceil
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from mgpu.worker.kernels.products.warpgroup.tile_end import block_places
 from mgpu.worker.kernels.runtime import HOPPER_SMS
 
 
@@ -41,10 +42,7 @@ def add_parts(
     """Return (sum over the programs that have steps of a tile, 1) in the last one that is done, else (own sum, 0)."""
     ROWS: gl.constexpr = acc.shape[0]
     COLUMNS: gl.constexpr = acc.shape[1]
-    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, SUMS))  # blocks of 8 x 8 sums, as warps have them
-    line = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, SUMS))
-    offsets = gl.expand_dims(row // 8 * (8 * COLUMNS) + row % 8 * 8, 1)
-    offsets = offsets + gl.expand_dims(line // 8 * 64 + line % 8, 0)
+    offsets = block_places(SUMS, ROWS, COLUMNS, 8)
     own = gl.program_id(0) * 2 + (tile > first_tile).to(gl.int32)
     gl.store(partial_ptr + (own * 2 + HALF) * (ROWS * COLUMNS) + offsets, acc)
     gl.thread_barrier()
