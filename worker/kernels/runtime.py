@@ -38,6 +38,11 @@ def overlaps_launches(device: torch.device) -> bool:
     return not INTERPRETED and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def has_warpgroups(device: torch.device) -> bool:
+    """Return whether four warps multiply together there: on Hopper, and on no GPU before or after it."""
+    return not INTERPRETED and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 @cache
 def shared_bytes(device: torch.device) -> int:
     """Return the shared memory of a program: 99 KiB on most consumer GPUs, 163 on an A100, 227 on an H200."""

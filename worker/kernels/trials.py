@@ -17,6 +17,12 @@ def trial_problem(measure: Callable[[], float], tolerance: float) -> str:
     return "" if error <= tolerance else f"they are off by {error:.1e} of their norm"
 
 
+def relative_error(got_TN: Tensor, expected_TN: Tensor) -> float:
+    """Return the distance, relative to the norm; infinity if it is not finite."""
+    error = float((got_TN - expected_TN).norm() / expected_TN.norm())
+    return error if error == error else torch.inf
+
+
 def worst_row_error(got_TN: Tensor, expected_TN: Tensor) -> float:
     """Return the largest distance of a row, relative to its norm; infinity if it is not finite.
 

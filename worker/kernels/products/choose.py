@@ -63,18 +63,21 @@ def quantized_matmul(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None =
         return _group_matmul(x_TI, weight, bias_O)
     if rows == 1:
         return quantized_gemv(x_TI, weight, bias_N=bias_O)
-    if rows >= integer_trial.LEAST_ROWS and integer_trial.takes_octets(weight, x_TI.dtype):
-        product = integer_trial.integer_product(weight.words.device)
-        if product is not None:
-            return product(x_TI, weight, bias_O)
     if rows <= GEMM_ROWS[weight.kind]:
         return quantized_gemm(x_TI, weight, bias_N=bias_O)
     return F.linear(x_TI, dequantize_packed(weight, x_TI.dtype), bias_O)
 
 
 def _warpgroup_product(rows: int, weight: PackedWeight, dtype: torch.dtype) -> WordsProduct | None:
+    """Return the product of so many rows that is made by warpgroups, if there is one here."""
+    device = weight.words.device
     if takes_words(weight, dtype):
         return _words_product(rows, weight)
+    if integer_trial.takes_octets(weight, dtype):
+        return integer_trial.integer_product(device) if rows >= integer_trial.LEAST_ROWS else None
+    if octet_trial.takes_groups(weight, dtype):
+        is_measured = octet_trial.LEAST_ROWS <= rows <= octet_trial.MOST_ROWS
+        return octet_trial.groups_product(device) if is_measured else None
     name = blocks_trial.type_of(weight, dtype)
     return _blocks_product(rows, weight, name) if name else None
 
@@ -104,10 +107,6 @@ def _group_matmul(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None) -> 
         return group_gemv(x_TI, weight, bias_N=bias_O)
     if rows >= LEAST_ROWS and takes_blocks(weight, x_TI.dtype) and multiplies_blocks(x_TI.device):
         return block_product(x_TI, weight, bias_O)
-    if octet_trial.LEAST_ROWS <= rows <= octet_trial.MOST_ROWS and octet_trial.takes_groups(weight, x_TI.dtype):
-        product = octet_trial.groups_product(weight.words.device)
-        if product is not None:
-            return product(x_TI, weight, bias_O)
     if takes(weight) and rows <= most_rows(weight):
         return group_gemm(x_TI, weight, bias_N=bias_O)
     return F.linear(x_TI, dequantize_packed(weight, x_TI.dtype), bias_O)

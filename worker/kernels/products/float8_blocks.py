@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mgpu.worker.kernels.layers.float8_quantize import quantize_blocks
-from mgpu.worker.kernels.runtime import INTERPRETED, LAUNCH_MODE
+from mgpu.worker.kernels.runtime import LAUNCH_MODE, has_warpgroups
 from mgpu.worker.kernels.trials import trial_problem, worst_row_error
 from mgpu.worker.quantization.float8_rows import BLOCK, Float8Blocks, round_blocks
 from mgpu.worker.quantization.packing import PackedWeight, dequantize, octet_words
@@ -69,9 +69,7 @@ def own_product(rows: Float8Blocks, count: int, weight: PackedWeight, bias_N: Te
 
 def has_own_product(device: torch.device) -> bool:
     """Return whether `block_gemm` works here. The first call must not be within the capture of a graph."""
-    if INTERPRETED or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return False
-    return LAUNCH_MODE.compiles_only or _own_passes_trial(device)
+    return has_warpgroups(device) and (LAUNCH_MODE.compiles_only or _own_passes_trial(device))
 
 
 @cache

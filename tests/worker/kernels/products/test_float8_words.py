@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from harness.kernels.hopper import hopper
 from harness.kernels.kernel_checks import relative_error
 from harness.kernels.ptx import run_ptx
 from mgpu.protocol.model.weight_format import WeightFormat
@@ -101,9 +102,7 @@ def test_programs_have_about_as_many_steps_each(rows: int, outputs: int, inputs:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", FORMS)
 def test_products_equal_those_of_rounded_rows(name: str) -> None:
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("no Hopper GPU, which is the one that has warpgroups")
-    device = torch.device("cuda")
+    device = hopper()
     for (outputs, inputs), rows in itertools.product(
         ((200, 512), (1024, 4096), (320, 1280)), (1, 7, 64, 128, 200, 512)
     ):

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from harness.kernels.hopper import check_trial, hopper
 from harness.kernels.kernel_checks import relative_error
 from mgpu.protocol.model.weight_format import WeightFormat
 from mgpu.worker.kernels.layers.integer_rows import integer_rows
 from mgpu.worker.kernels.products import choose
 from mgpu.worker.kernels.products.warpgroup import integer_gemm, integer_trial
-from mgpu.worker.kernels.runtime import LAUNCH_MODE
 from mgpu.worker.quantization import integer_rows as reference
 from mgpu.worker.quantization.integer_rows import IntegerRows
 from mgpu.worker.quantization.packing import PackedWeight, dequantize, pack_int8
@@ -67,9 +67,7 @@ def test_bytes_as_they_lie_are_the_product(device: torch.device, outputs: int, i
 
 @pytest.mark.gpu
 def test_products_equal_those_of_the_dequantized_weight() -> None:
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("no Hopper GPU, which is the one that has warpgroups")
-    device = torch.device("cuda")
+    device = hopper()
     sizes, counts = ((200, 512), (1024, 4096), (320, 1300)), (1, 64, 128, 200, 300, 600)
     for (outputs, inputs), count in itertools.product(sizes, counts):
         weight, x = weight_of(outputs, inputs, device), torch.randn(count, inputs, device=device).bfloat16()
@@ -121,13 +119,4 @@ def test_a_scale_per_output_is_taken(form: WeightFormat, dtype: torch.dtype, tak
 
 
 def test_a_device_that_fails_the_trial_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = torch.device("cuda:7")
-    monkeypatch.setattr(integer_trial, "INTERPRETED", False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(integer_trial, "trial_error", lambda device: torch.inf)
-    monkeypatch.setattr(LAUNCH_MODE, "compiles_only", True)
-    assert integer_trial.integer_product(device) is not None
-    monkeypatch.setattr(LAUNCH_MODE, "compiles_only", False)
-    assert integer_trial.integer_product(device) is None
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    assert integer_trial.integer_product(torch.device("cuda:6")) is None
+    check_trial(monkeypatch, integer_trial, "integer_product", (8, 9))

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from harness.kernels.hopper import check_trial, hopper
 from harness.kernels.kernel_checks import relative_error
 from harness.kernels.ptx import run_ptx
 from mgpu.protocol.checkpoint.quantized.gguf import GGUF_FORMATS
 from mgpu.protocol.model.weight_format import WeightFormat
 from mgpu.worker.kernels.products import choose
 from mgpu.worker.kernels.products.warpgroup import octet_gemm, octet_trial
-from mgpu.worker.kernels.runtime import LAUNCH_MODE
 from mgpu.worker.quantization.packing import PackedWeight, dequantize
 from mgpu.worker.quantization.random_packed import random_packed
 
@@ -49,9 +49,7 @@ def test_a_part_of_two_words_is_widened_and_scaled(part: int, zero: int | None) 
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", [GGUF_FORMATS["Q8_0"], GPTQ, WeightFormat("8", 64, 1, 2, source="x")], ids=str)
 def test_products_equal_those_of_the_dequantized_weight(form: WeightFormat) -> None:
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("no Hopper GPU, which is the one that has warpgroups")
-    device = torch.device("cuda")
+    device = hopper()
     for (outputs, inputs), rows in itertools.product(((200, 512), (1024, 4096)), (2, 64, 128, 300, 600)):
         weight, x = weight_of(form, outputs, inputs, device), torch.randn(rows, inputs, device=device).bfloat16()
         bias = torch.randn(outputs, device=device).bfloat16()
@@ -102,13 +100,4 @@ def test_groups_of_whole_parts_are_taken(form: WeightFormat, dtype: torch.dtype,
 
 
 def test_a_device_that_fails_the_trial_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = torch.device("cuda:7")
-    monkeypatch.setattr(octet_trial, "INTERPRETED", False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(octet_trial, "trial_error", lambda device: torch.inf)
-    monkeypatch.setattr(LAUNCH_MODE, "compiles_only", True)
-    assert octet_trial.groups_product(device) is not None
-    monkeypatch.setattr(LAUNCH_MODE, "compiles_only", False)
-    assert octet_trial.groups_product(device) is None
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    assert octet_trial.groups_product(torch.device("cuda:6")) is None
+    check_trial(monkeypatch, octet_trial, "groups_product", (8, 9))

@@ -9,13 +9,13 @@ import sys
 import pytest
 import torch
 
+from harness.kernels.hopper import check_trial, hopper
 from harness.kernels.kernel_checks import relative_error
 from harness.kernels.ptx import run_ptx
 from mgpu.protocol.checkpoint.quantized.gguf import GGUF_FORMATS
 from mgpu.protocol.model.weight_format import WeightFormat
 from mgpu.worker.kernels.products.warpgroup import gemm, trial
 from mgpu.worker.kernels.products.warpgroup.widen import PAIR_FACTORS, assembly
-from mgpu.worker.kernels.runtime import LAUNCH_MODE
 from mgpu.worker.quantization.packing import PackedWeight, dequantize, pack_int4
 from mgpu.worker.quantization.random_packed import random_packed
 
@@ -112,9 +112,7 @@ def test_the_rings_of_a_tile_fit_into_shared_memory(rows: int, outputs: int) -> 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", FORMS)
 def test_products_equal_those_of_the_dequantized_weight(name: str) -> None:
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("no Hopper GPU, which is the one that has warpgroups")
-    device = torch.device("cuda")
+    device = hopper()
     sizes, counts = ((200, 512), (1024, 4096), (320, 1280)), (1, 7, 16, 40, 64, 100, 200, 256, 300)
     for (outputs, inputs), rows in itertools.product(sizes, counts):
         weight = weight_of(FORMS[name], outputs, inputs, device)
@@ -143,13 +141,4 @@ def test_words_of_scaled_integers_are_taken(form: WeightFormat, dtype: torch.dty
 
 
 def test_a_device_that_fails_the_trial_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = torch.device("cuda:7")
-    monkeypatch.setattr(trial, "INTERPRETED", False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(trial, "trial_error", lambda device, product: torch.inf)
-    monkeypatch.setattr(LAUNCH_MODE, "compiles_only", True)
-    assert trial.words_product(device) is not None
-    monkeypatch.setattr(LAUNCH_MODE, "compiles_only", False)
-    assert trial.words_product(device) is None
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
-    assert trial.words_product(torch.device("cuda:6")) is None
+    check_trial(monkeypatch, trial, "words_product", (10, 0))

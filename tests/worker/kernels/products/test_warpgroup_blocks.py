@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from harness.kernels.hopper import hopper
 from harness.kernels.kernel_checks import relative_error
 from harness.kernels.ptx import run_ptx
 from mgpu.protocol.checkpoint.quantized.gguf import GGUF_FORMATS
@@ -108,9 +109,7 @@ def test_a_type_that_fails_its_trial_does_without(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", NAMES)
 def test_products_equal_those_of_the_dequantized_weight(name: str) -> None:
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("no Hopper GPU, which is the one that has warpgroups")
-    device = torch.device("cuda")
+    device = hopper()
     sizes, counts = ((200, 512), (1024, 4096), (320, 1280)), (1, 7, 16, 40, 64, 100)
     for (outputs, inputs), rows in itertools.product(sizes, counts):
         weight = make(name, outputs, inputs, device)

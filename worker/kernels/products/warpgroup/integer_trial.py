@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mgpu.worker.kernels.layers.integer_rows import integer_rows
 from mgpu.worker.kernels.products.warpgroup.trial import WordsProduct
-from mgpu.worker.kernels.runtime import INTERPRETED, LAUNCH_MODE
+from mgpu.worker.kernels.runtime import LAUNCH_MODE, has_warpgroups
 from mgpu.worker.kernels.trials import trial_problem, worst_row_error
 from mgpu.worker.quantization.integer_rows import round_integers
 from mgpu.worker.quantization.packing import PackedWeight, dequantize, pack_int8
@@ -31,7 +31,7 @@ def integer_product(device: torch.device) -> WordsProduct | None:
 
     The first call must not be within the capture of a graph.
     """
-    if INTERPRETED or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+    if not has_warpgroups(device):
         return None
     return _product if LAUNCH_MODE.compiles_only else _tried(device)
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from mgpu.worker.kernels.products.warpgroup.trial import WordsProduct
-from mgpu.worker.kernels.runtime import INTERPRETED, LAUNCH_MODE
-from mgpu.worker.kernels.trials import trial_problem
+from mgpu.worker.kernels.runtime import LAUNCH_MODE, has_warpgroups
+from mgpu.worker.kernels.trials import relative_error, trial_problem
 from mgpu.worker.quantization.packing import WORDS, PackedWeight, dequantize, octet_words
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def groups_product(device: torch.device) -> WordsProduct | None:
 
     The first call must not be within the capture of a graph.
     """
-    if INTERPRETED or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+    if not has_warpgroups(device):
         return None
     return _product if LAUNCH_MODE.compiles_only else _tried(device)
 
@@ -63,5 +63,4 @@ def trial_error(device: torch.device) -> float:
     scales_NG = torch.rand(200, 16, generator=generator, device=device) + 0.5
     weight = PackedWeight("int8", octet_words(q_NK), scales_NG.half(), 512, 32)
     expected_TN = x_TK.float() @ dequantize(weight, torch.float32).T
-    error = float((_product(x_TK, weight, None).float() - expected_TN).norm() / expected_TN.norm())
-    return error if error == error else torch.inf
+    return relative_error(_product(x_TK, weight, None).float(), expected_TN)

@@ -11,8 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from mgpu.worker.kernels.runtime import INTERPRETED, LAUNCH_MODE
-from mgpu.worker.kernels.trials import trial_problem
+from mgpu.worker.kernels.runtime import LAUNCH_MODE, has_warpgroups
+from mgpu.worker.kernels.trials import relative_error, trial_problem
 from mgpu.worker.quantization.packing import WORDS, PackedWeight, dequantize, pack_int4
 
 log = logging.getLogger(__name__)
@@ -42,13 +42,9 @@ def words_product(device: torch.device) -> WordsProduct | None:
 
     The first call must not be within the capture of a graph.
     """
-    if not _has_warpgroups(device):
+    if not has_warpgroups(device):
         return None
     return _launched(device) if LAUNCH_MODE.compiles_only else _tried(device)
-
-
-def _has_warpgroups(device: torch.device) -> bool:
-    return not INTERPRETED and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _product() -> WordsProduct | None:
@@ -87,8 +83,7 @@ def trial_error(device: torch.device, product: WordsProduct) -> float:
     worst = 0.0
     for weight in sample_weights(device):
         expected_TN = x_TK.float() @ dequantize(weight, torch.float32).T
-        error = float((product(x_TK, weight, None).float() - expected_TN).norm() / expected_TN.norm())
-        worst = max(worst, error if error == error else torch.inf)
+        worst = max(worst, relative_error(product(x_TK, weight, None).float(), expected_TN))
     return worst
 
 
