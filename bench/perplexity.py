@@ -34,9 +34,10 @@ from torch import Tensor
 
 from mgpu.launch.bench.report import describe, heading
 from mgpu.orchestrator.gateway.text.tokenizer import load_codec
-from mgpu.orchestrator.models.find import ResolvedModel, cache_root, read_model, resolve_model
+from mgpu.orchestrator.models.find import ResolvedModel, read_model, resolve_model
 from mgpu.orchestrator.placement.gguf import facts_as_held
 from mgpu.orchestrator.placement.machine.devices import cpu_machine
+from mgpu.protocol.cache_root import cache_root
 from mgpu.protocol.checkpoint.read import Checkpoint
 from mgpu.protocol.model.facts import KvCacheDtype
 from mgpu.protocol.model.placement import RankPlace

@@ -14,7 +14,7 @@ from mgpu.launch.settings.values import ConfigError
 from mgpu.orchestrator.errors import ModelError
 from mgpu.orchestrator.host.listening import NONE
 from mgpu.orchestrator.hosts.machine import repeated
-from mgpu.orchestrator.models.find import ResolvedModel, cache_root, check_loadable, read_model, resolve_model
+from mgpu.orchestrator.models.find import ResolvedModel, check_loadable, read_model, resolve_model
 from mgpu.orchestrator.placement.machine.control_groups import usable_cpus
 from mgpu.orchestrator.placement.machine.described import described_machine
 from mgpu.orchestrator.placement.machine.devices import Machine, find_machine
@@ -23,6 +23,7 @@ from mgpu.orchestrator.placement.options import LayoutOptions, implied_workers
 from mgpu.orchestrator.placement.planner import Plan, plan
 from mgpu.orchestrator.placement.topology.file import read_topology
 from mgpu.orchestrator.processes.task_limits import check_task_limit, tasks_of_server
+from mgpu.protocol.cache_root import cache_root
 from mgpu.protocol.checkpoint.files.untrusted import CheckpointError
 from mgpu.protocol.checkpoint.read import Checkpoint, has_weights
 from mgpu.protocol.checkpoint.sampling_defaults import read_sampling_defaults

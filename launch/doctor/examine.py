@@ -10,9 +10,9 @@ from mgpu.launch.doctor.gpus import check_driver, check_links, check_pairs, chec
 from mgpu.launch.doctor.hub import check_hub
 from mgpu.launch.doctor.machine import check_folders, check_limits, check_memory, check_shared_memory, check_software
 from mgpu.launch.doctor.probes import Trial
-from mgpu.orchestrator.models.find import cache_root
 from mgpu.orchestrator.placement.machine.nvml import Nvml
 from mgpu.orchestrator.placement.machine.pair_check import PAIR_RECORD
+from mgpu.protocol.cache_root import cache_root
 
 
 def examine(

@@ -16,9 +16,9 @@ from mgpu.launch.pages.versions import installed
 from mgpu.launch.prepare import LEAST_FILES
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.host.runtime_dir import RuntimeDir
-from mgpu.orchestrator.models.find import cache_root
 from mgpu.orchestrator.placement.machine.control_groups import cpu_quota, memory_limits
 from mgpu.orchestrator.processes.task_limits import TASKS_NEEDED, least_task_limit
+from mgpu.protocol.cache_root import cache_root
 
 GIB = 1 << 30
 LOW_MEMORY = 2 * GIB

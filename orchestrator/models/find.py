@@ -13,6 +13,7 @@ from mgpu.orchestrator.errors import ModelError
 from mgpu.orchestrator.models.demo import DEMO_NAME, demo_model_path
 from mgpu.orchestrator.models.hub_files import Part
 from mgpu.orchestrator.models.hub_names import HUB_PREFIX, HubName, parse_hub_name
+from mgpu.protocol.cache_root import cache_root
 from mgpu.protocol.checkpoint.read import Checkpoint, CheckpointError, has_weights, read_checkpoint
 from mgpu.protocol.model.facts import CheckpointFormat, LoadFormat, ModelCode
 
@@ -39,14 +40,6 @@ class ResolvedModel:
     """Its name for clients and logs."""
     is_demo: bool = False
     """True: it runs on any machine, if need be on some of the GPUs."""
-
-
-def cache_root(environ: Mapping[str, str] = os.environ) -> Path:
-    """Return the folder for downloads: MGPU_CACHE, else XDG_CACHE_HOME/mgpu, else ~/.cache/mgpu."""
-    if own := environ.get("MGPU_CACHE"):
-        return Path(own)
-    base = environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "mgpu"
 
 
 def resolve_model(

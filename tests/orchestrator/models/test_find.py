@@ -21,7 +21,6 @@ from mgpu.orchestrator.models import demo as demo_model
 from mgpu.orchestrator.models import find
 from mgpu.orchestrator.models.demo import DEMO_NAME
 from mgpu.orchestrator.models.find import (
-    cache_root,
     check_loadable,
     read_model,
     read_model_to_plan,
@@ -100,15 +99,6 @@ def test_what_cannot_be_found_says_what_forms_there_are(name: str) -> None:
         resolve_model(name)
     for form in ("folder", ".gguf", "demo", "hub id"):
         assert form in str(caught.value)
-
-
-@pytest.mark.parametrize(("environ", "expected"), [
-    ({"MGPU_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, Path("/a")),
-    ({"XDG_CACHE_HOME": "/b"}, Path("/b/mgpu")),
-    ({}, Path.home() / ".cache" / "mgpu"),
-])  # fmt: skip
-def test_the_cache_folder(environ: dict[str, str], expected: Path) -> None:
-    assert cache_root(environ) == expected
 
 
 def test_a_folder_with_only_a_configuration_can_be_planned_but_not_served(tmp_path: Path) -> None:

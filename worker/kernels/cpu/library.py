@@ -17,6 +17,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from mgpu.protocol.cache_root import cache_root
 from mgpu.protocol.model.c_compiler import c_compiler
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def library() -> ctypes.CDLL | None:
         )
         return None
     try:
-        return _load(compiler, cache_folder())
+        return _load(compiler)
     except (OSError, subprocess.SubprocessError) as error:
         text = getattr(error, "stderr", "") or str(error)
         log.warning("kernels for the CPU cannot be compiled or loaded, torch computes instead: %s", text.strip()[:500])
@@ -47,16 +48,13 @@ def library() -> ctypes.CDLL | None:
 
 
 def cache_folder() -> Path:
-    """Return the folder for compiled kernels, in the one for downloads."""
-    if own := os.environ.get("MGPU_CACHE"):
-        return Path(own) / "kernels"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "mgpu" / "kernels"
+    """Return the folder for compiled kernels."""
+    return cache_root() / "kernels"
 
 
-def _load(compiler: str, folder: Path) -> ctypes.CDLL:
-    """Load the library from the folder, compiled now if it is not there; from a temporary one if that is not safe."""
-    if _is_private(folder):
+def _load(compiler: str) -> ctypes.CDLL:
+    """Load the library that was kept, compiled now if there is none; a temporary one if its folder is not safe."""
+    if (folder := _private_folder()) is not None:
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             kept = folder / f"cpu-{_key()}.so"
             if not kept.exists():
@@ -68,14 +66,15 @@ def _load(compiler: str, folder: Path) -> ctypes.CDLL:
         return _open(built)
 
 
-def _is_private(folder: Path) -> bool:
-    """Make the folder; return whether nobody else can put a library there."""
+def _private_folder() -> Path | None:
+    """Make the folder and return it; None if there is none, or if others can put a library there."""
     try:
+        folder = cache_folder()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.lstat()
-    except (OSError, RuntimeError):
-        return False
-    return stat.S_ISDIR(found.st_mode) and _is_ours(found)
+    except (OSError, RuntimeError):  # the latter: this user has no home
+        return None
+    return folder if stat.S_ISDIR(found.st_mode) and _is_ours(found) else None
 
 
 def _is_ours(found: os.stat_result) -> bool:

@@ -72,6 +72,17 @@ def test_a_folder_that_cannot_be_made_is_not_used(compiled: list[Path]) -> None:
     assert cache_folder() not in compiled[0].parents
 
 
+def test_a_user_without_a_home_has_kernels_too(compiled: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("MGPU_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert answer(library()) == 42
+    assert not compiled[0].exists()
+
+
 def test_a_kept_library_that_is_broken_is_compiled_elsewhere(compiled: list[Path]) -> None:
     cache_folder().mkdir(mode=0o700)
     (cache_folder() / f"cpu-{library_module._key()}.so").write_bytes(b"not a library")
