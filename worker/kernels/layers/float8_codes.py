@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgpu.worker.kernels.layers.float8_quantize import width_and_warps
+from mgpu.worker.kernels.layers.float8_quantize import width_and_warps, words_of
 from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, wait_for_inputs
 
 
@@ -31,10 +31,9 @@ class SpanRows:
 
 
 @triton.jit
-def _words_of(rounded):
+def _float8_words(rounded):
     """Return words [WIDTH] of float8 [WIDTH, 4]."""
-    octets = rounded.to(tl.uint8, bitcast=True).to(tl.int32)
-    return tl.sum(octets << (8 * tl.arange(0, 4))[None, :], 1)
+    return words_of(rounded.to(tl.uint8, bitcast=True).to(tl.int32))
 
 
 @triton.jit
@@ -49,7 +48,7 @@ def _quantize_spans_kernel(
     x = tl.load(x_ptr + row * x_stride + k, mask=k < K, other=0.0).to(tl.float32)
     most = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), 1e-30)
     rounded = (x * tl.math.div_rn(448.0, most)).to(tl.float8e4nv)
-    tl.store(words_ptr + row * words_per_row + word, _words_of(rounded), mask=word < words_per_row)
+    tl.store(words_ptr + row * words_per_row + word, _float8_words(rounded), mask=word < words_per_row)
     tl.store(scale_ptr + row, tl.math.div_rn(most, 448.0))
     sums = tl.sum(tl.reshape(tl.sum(rounded.to(tl.float32), 1), [WIDTH * 4 // SPAN, SPAN // 4]), 1)
     span = tl.arange(0, WIDTH * 4 // SPAN)

@@ -28,11 +28,17 @@ def word_channels(WIDTH: tl.constexpr):
 
 
 @triton.jit
+def words_of(octets):
+    """Return words [WIDTH] of bytes [WIDTH, 4], which are integers from 0 to 255."""
+    return tl.sum(octets << (8 * tl.arange(0, 4))[None, :], 1)
+
+
+@triton.jit
 def quantize_words(y):
     """Return words [WIDTH] of e4m3 and the scale of a row [WIDTH, 4]: `float8_rows.quantize_rows` for one row."""
     most = tl.maximum(tl.max(tl.max(tl.abs(y), 1), 0), 1e-30)
     octets = (y * tl.math.div_rn(448.0, most)).to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
-    return tl.sum(octets << (8 * tl.arange(0, 4))[None, :], 1), tl.math.div_rn(most, 448.0)
+    return words_of(octets), tl.math.div_rn(most, 448.0)
 
 
 @triton.jit
@@ -70,8 +76,7 @@ def _quantize_blocks_kernel(
     most = tl.maximum(most, 1e-30)
     factors = tl.broadcast_to(tl.math.div_rn(448.0, most)[:, None], [BLOCKS, 32])
     octets = (x * tl.reshape(factors, [WIDTH])[:, None]).to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
-    words = tl.sum(octets << (8 * tl.arange(0, 4))[None, :], 1)
-    tl.store(words_ptr + row * words_per_row + word, words, mask=word < words_per_row)
+    tl.store(words_ptr + row * words_per_row + word, words_of(octets), mask=word < words_per_row)
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     tl.store(scale_ptr + block * tokens + row, tl.math.div_rn(most, 448.0), mask=block < words_per_row // 32)
 

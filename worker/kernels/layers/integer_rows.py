@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mgpu.worker.kernels.layers.float8_quantize import width_and_warps, word_channels
+from mgpu.worker.kernels.layers.float8_quantize import width_and_warps, word_channels, words_of
 from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, wait_for_inputs
 from mgpu.worker.quantization.float8_rows import BLOCK
 from mgpu.worker.quantization.integer_rows import IntegerRows
@@ -20,12 +20,6 @@ from mgpu.worker.quantization.integer_rows import IntegerRows
 @triton.jit
 def _larger(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _words_of(octets):
-    """Return words [WIDTH] of the lowest bytes of integers [WIDTH, 4]."""
-    return tl.sum((octets & 255) << (8 * tl.arange(0, 4))[None, :], 1)
 
 
 @triton.jit
@@ -42,8 +36,8 @@ def _integer_rows_kernel(
     bits = (x * tl.math.div_rn(32639.0, most) + 12582912.0).to(tl.int32, bitcast=True)
     word = tl.arange(0, WIDTH)
     words_ptr += row * 2 * words_per_row + word
-    tl.store(words_ptr, _words_of((bits - 0x4B400000 + 128) >> 8), mask=word < words_per_row)
-    tl.store(words_ptr + words_per_row, _words_of(bits), mask=word < words_per_row)
+    tl.store(words_ptr, words_of(((bits - 0x4B400000 + 128) >> 8) & 255), mask=word < words_per_row)
+    tl.store(words_ptr + words_per_row, words_of(bits & 255), mask=word < words_per_row)
     tl.store(scale_ptr + row, tl.math.div_rn(most, 32639.0))
 
 
