@@ -225,13 +225,13 @@ class PlainStep:
         self, view: _View, q_RHK: Tensor, stores: tuple[Tensor, Tensor], spec: AttentionSpec
     ) -> cpu_layers.Seen | None:
         """Return the slots as the CPU's kernel takes them; None if it cannot attend to them, or there is none."""
-        is_plain = self._device.type == "cpu" and not spec.softcap and spec.sinks is None
+        is_plain = not spec.softcap and spec.sinks is None
         if not is_plain or view.slots is None or view.counts_R is None or not cpu_layers.takes_heads(q_RHK):
             return None
         k_NJK, v_NJK = stores
         if k_NJK.dtype != torch.bfloat16 or k_NJK.shape != v_NJK.shape or q_RHK.shape[2] != k_NJK.shape[2]:
             return None
-        if not (k_NJK.is_contiguous() and v_NJK.is_contiguous() and cpu_layers.has_kernels()):
+        if not (k_NJK.is_contiguous() and v_NJK.is_contiguous()):
             return None
         return cpu_layers.Seen(view.slots.view(len(q_RHK), -1), view.counts_R)
 

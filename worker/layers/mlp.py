@@ -60,16 +60,11 @@ Activate = Callable[[GatedMLP, Activations], Activations]
 
 def _plain_activation(mlp: GatedMLP, x_TD: Activations) -> Activations:
     gate_up_TF2 = scaled(mlp.gate_up(x_TD))
-    if _is_gated_by_kernel(gate_up_TF2):
+    if cpu_layers.takes_rows(gate_up_TF2):
         return cpu_layers.gate(gate_up_TF2, mlp.activation != "silu")
     gate_TF, up_TF = gate_up_TF2.chunk(2, dim=-1)
     hidden_TF = F.silu(gate_TF) if mlp.activation == "silu" else F.gelu(gate_TF, approximate="tanh")
     return hidden_TF.mul_(up_TF)
-
-
-def _is_gated_by_kernel(gate_up_TF2: Tensor) -> bool:
-    is_taken = gate_up_TF2.device.type == "cpu" and cpu_layers.takes_rows(gate_up_TF2)
-    return is_taken and cpu_layers.has_kernels()
 
 
 def _kernel_activation() -> Activate:

@@ -1,7 +1,7 @@
 """What a layer does between its products, on the CPU in bfloat16: each is one call where torch needs several.
 
 All are summed in float32 and rounded once. Every function here is also in plain torch, and layers take that where
-`has_kernels` is false, or where a shape or a stride is not one of those that a function says it takes.
+`takes_rows` or `takes_heads` is false.
 """
 
 # T tokens, D model dim, F feed-forward dim, R rows, H query heads, J KV heads, K head dim, S most slots, N slots
@@ -69,17 +69,20 @@ def attend(q_RHK: Tensor, k_NJK: Tensor, v_NJK: Tensor, seen: Seen, scale: float
 
 
 def takes_rows(*rows: Tensor) -> bool:
-    """Return whether `add_norm` and `gate` take rows of this type and size: bfloat16, and 16 numbers at a time."""
-    return all(x.dtype == torch.bfloat16 and x.is_contiguous() and x.shape[-1] % (2 * LANES) == 0 for x in rows)
+    """Return whether `add_norm` and `gate` take these rows: bfloat16, 16 numbers at a time, where there are kernels."""
+    are_sized = all(
+        x.is_cpu and x.dtype == torch.bfloat16 and x.is_contiguous() and x.shape[-1] % (2 * LANES) == 0 for x in rows
+    )
+    return are_sized and has_kernels()
 
 
 def takes_heads(x_THK: Tensor, *turns_T1K: Tensor) -> bool:
-    """Return whether `rotate` and `attend` take heads of this type and size, with these cosines and sines."""
+    """Return whether `rotate` and `attend` take these heads, with these cosines and sines; see `takes_rows`."""
     tokens, _, size = x_THK.shape
     if not all(x.is_contiguous() and x.dtype == x_THK.dtype and x.shape == (tokens, 1, size) for x in turns_T1K):
         return False
-    is_sized = size % (2 * LANES) == 0 and size <= _LARGEST_HEAD
-    return is_sized and x_THK.dtype == torch.bfloat16 and x_THK.stride()[1:] == (size, 1)
+    is_sized = size % (2 * LANES) == 0 and size <= _LARGEST_HEAD and x_THK.stride()[1:] == (size, 1)
+    return is_sized and x_THK.is_cpu and x_THK.dtype == torch.bfloat16 and has_kernels()
 
 
 @cache

@@ -118,8 +118,8 @@ def _kernel() -> "ctypes._NamedFuncPointer":
 
 def _tiled(weight: PackedWeight) -> TiledWeight | None:
     bits, group, outputs = (4 if weight.kind == "int4" else 8), weight.group or weight.k, len(weight.words)
-    zero, num_numbers = _factors(weight.outputs(0, weight.rows))[2:]
-    octets = group * _OUTPUTS * bits // 8 + 2 * _OUTPUTS * num_numbers
+    _, offsets, zero = steps_of(weight.outputs(0, weight.rows))
+    octets = group * _OUTPUTS * bits // 8 + 2 * _OUTPUTS * (1 if offsets is None else 2)
     tiles_LGE = torch.empty((-(-outputs // _OUTPUTS), weight.k // group, octets), dtype=torch.uint8)
     step = max(1, _AT_ONCE // (weight.k * _OUTPUTS * weight.rows)) * _OUTPUTS * weight.rows
     for first in range(0, outputs, step):
@@ -127,12 +127,12 @@ def _tiled(weight: PackedWeight) -> TiledWeight | None:
         if part is None:
             return None
         tiles_LGE[first // _OUTPUTS : first // _OUTPUTS + len(part)] = part
-    return TiledWeight(tiles_LGE, outputs, weight.k, group, bits, zero, num_numbers == 2)
+    return TiledWeight(tiles_LGE, outputs, weight.k, group, bits, zero, offsets is not None)
 
 
 def _tile_part(weight: PackedWeight, group: int, bits: int) -> Tensor | None:
     """Return the tiles of some outputs; None if float16 cannot hold their scales."""
-    scales_NG, offsets_NG, _, _ = _factors(weight)
+    scales_NG, offsets_NG, _ = steps_of(weight)
     numbers = [scales_NG] if offsets_NG is None else [scales_NG, offsets_NG]
     rounded = [each.to(torch.float16) for each in numbers]
     if any(_differ(*pair) for pair in zip(numbers, rounded, strict=True)):
@@ -141,23 +141,21 @@ def _tile_part(weight: PackedWeight, group: int, bits: int) -> Tensor | None:
     return torch.cat((_tiled_codes(codes_NK, group, bits), *map(_tiled_numbers, rounded)), dim=2)
 
 
-def _factors(weight: PackedWeight) -> tuple[Tensor, Tensor | None, int, int]:
-    """Return float32 [N, G] each: the step between two codes of a group, and what its code ``zero`` stands for.
+def steps_of(weight: PackedWeight) -> tuple[Tensor, Tensor | None, int]:
+    """Return float32 [N, G] each: the step between two codes of a group, and what a code stands for; and that code.
 
-    Then that code, and how many of the two there are.
+    The second is None if the code stands for 0 in all groups.
     """
     middle = 8 if weight.kind == "int4" else 128
     if weight.has_pairs:
         groups = weight.k // weight.group
         pairs_NG2 = weight.scales.view(torch.bfloat16).view(*weight.scales.shape, 2)[:, :groups].float()
-        return pairs_NG2[..., 0], pairs_NG2[..., 1], middle, 2
+        return pairs_NG2[..., 0], pairs_NG2[..., 1], middle
     if weight.supers is not None or weight.offsets is not None:
         scales_NG, offsets_NG = group_factors(weight)
-        return scales_NG, offsets_NG, *((middle, 1) if offsets_NG is None else (0, 2))
+        return scales_NG, offsets_NG, middle if offsets_NG is None else 0
     scales_NG = weight.scales.float().repeat_interleave(weight.rows, 0)[: len(weight.words)]
-    if weight.zeros is None:
-        return scales_NG, None, middle, 1
-    return scales_NG, -weight.zeros.float() * scales_NG, middle, 2
+    return scales_NG, None if weight.zeros is None else -weight.zeros.float() * scales_NG, middle
 
 
 def _differ(numbers: Tensor, rounded: Tensor) -> bool:

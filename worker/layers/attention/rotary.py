@@ -60,7 +60,7 @@ class RotaryEmbedding:
 def rotate(x_THK: Tensor, rotation: Rotation) -> Tensor:
     """Rotate all heads of all tokens."""
     cos_T1K, sin_T1K = rotation
-    if x_THK.device.type == "cpu" and cpu_layers.takes_heads(x_THK, *rotation) and cpu_layers.has_kernels():
+    if cpu_layers.takes_heads(x_THK, *rotation):
         return cpu_layers.rotate(x_THK, cos_T1K, sin_T1K)
     return torch.addcmul(x_THK * cos_T1K, x_THK.roll(x_THK.shape[-1] // 2, -1), sin_T1K)
 

@@ -28,7 +28,6 @@ from mgpu.worker.quantization.packing import (
     PackedWeight,
     codes,
     dequantize,
-    group_factors,
     pack_int4,
     pack_int8,
     unpack,
@@ -102,15 +101,10 @@ def _repack_int4(weight: PackedWeight) -> TorchWeight:
 
 def _scales_and_middles(weight: PackedWeight) -> tuple[Tensor, Tensor]:
     """Return float32 [N, G] each: the step between two codes of a group, and what its code 8 stands for."""
-    groups = weight.k // weight.group
-    if weight.has_pairs:
-        pairs_NG2 = weight.scales.view(torch.bfloat16).view(*weight.scales.shape, 2)[:, :groups].float()
-        return pairs_NG2[..., 0], pairs_NG2[..., 1]
-    if weight.supers is not None or weight.offsets is not None:
-        scales_NG, offsets_NG = group_factors(weight)
-        return scales_NG, torch.zeros_like(scales_NG) if offsets_NG is None else offsets_NG + 8 * scales_NG
-    scales_NG = weight.scales.float().repeat_interleave(weight.rows, 0)[: len(weight.words)]
-    return scales_NG, torch.zeros_like(scales_NG) if weight.zeros is None else -weight.zeros.float() * scales_NG
+    scales_NG, offsets_NG, zero = tiles.steps_of(weight)
+    if offsets_NG is None:
+        return scales_NG, torch.zeros_like(scales_NG)
+    return scales_NG, offsets_NG + (8 - zero) * scales_NG
 
 
 def _repack_int8(weight: PackedWeight) -> TorchWeight:
