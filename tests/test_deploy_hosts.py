@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from mgpu.launch.settings.config import declared_options
-from mgpu.worker.join.launcher import read_launcher
-from mgpu.worker.join_options import add_options
+from mgpu.worker.start.join.launcher import read_launcher
+from mgpu.worker.start.join.options import add_options
 
 yaml = pytest.importorskip("yaml", reason="PyYAML, which transformers brings along, is not installed")
 

@@ -117,7 +117,8 @@ def test_a_module_that_a_page_runs_exists_and_has_the_options(page: Path) -> Non
                 sources = [Path(str(found.origin))]
             else:
                 assert importlib.util.find_spec(f"{module}.__main__"), f"{module} cannot be run: {line}"
-                sources = list(Path(str(found.origin)).parent.glob("*.py"))
+                folder = Path(str(found.origin)).parent
+                sources = [*folder.glob("*.py"), *folder.rglob("*/options.py")]
             own = arguments.partition(" -- ")[0]
             declared = {flag for source in sources for flag in declared_flags(source)} | {"--help"}
             assert module == "mgpu" or set(FLAG.findall(own)) <= declared, line

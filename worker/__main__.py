@@ -5,7 +5,7 @@ rendezvous file. The spec comes on standard input (4 bytes of little-endian leng
 keeps open.
 
 With ``--join`` this is the process that a launcher such as torchrun starts on another host; it starts the worker itself
-(`worker/join/agent.py`).
+(`worker/start/join/agent.py`).
 
 A worker never outlives its parent. It ends when standard input does, and the kernel kills it (PR_SET_PDEATHSIG) when
 the parent's thread ends, in case another process keeps standard input open.
@@ -23,8 +23,8 @@ from threading import Thread
 from mgpu.protocol.internal.process.child import BadSpec, end_with_parent, read_spec
 from mgpu.protocol.internal.process.logs import configure_logging
 from mgpu.protocol.internal.worker_messages import CONTROL, WorkerSpec
-from mgpu.worker.device import prepare_cuda, start_cuda
-from mgpu.worker.join_options import add_options
+from mgpu.worker.start.device import prepare_cuda, start_cuda
+from mgpu.worker.start.join.options import add_options
 
 EXIT_FAILED = 1
 EXIT_BAD_SPEC = 2
@@ -37,7 +37,7 @@ def main() -> int:
     if not arguments.join and (arguments.keys or arguments.model):
         _parser().error("--keys and -m are for a worker that joins a server: --join tcp://HEAD:PORT is missing")
     if arguments.join:
-        from mgpu.worker.join.command import run_joined
+        from mgpu.worker.start.join.command import run_joined
 
         return run_joined(arguments)
     faulthandler.enable()
@@ -94,7 +94,7 @@ def _import_torch() -> None:
 
 def _open_early(device: str) -> None:
     """Open the device and start Triton, in threads, before the spec comes."""
-    from mgpu.worker.compile_ahead.compile_ahead import start_triton
+    from mgpu.worker.start.compile_ahead.compile_ahead import start_triton
     from mgpu.worker.start.worker import torch_device
 
     start_cuda(device)

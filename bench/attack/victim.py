@@ -16,7 +16,7 @@ from bench.attack.situations import ORDINARY, Situation, make_model
 from bench.chaos.load import Job, make_jobs
 from bench.waiting import wait_until
 from mgpu import Client
-from mgpu.launch.commands.keygen import make_client, make_server
+from mgpu.launch.commands.install.keygen import make_client, make_server
 from mgpu.launch.server_process import ServerProcess
 
 Transport = Literal["ipc", "tcp"]

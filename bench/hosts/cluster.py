@@ -16,7 +16,7 @@ import psutil
 
 from bench.hosts.network import Loopback, Network
 from bench.waiting import wait_until
-from mgpu.launch.commands.keygen import make_server, make_worker
+from mgpu.launch.commands.install.keygen import make_server, make_worker
 from mgpu.protocol.discovery import BASE_VARIABLE, running_servers
 
 Rendezvous = Literal["static", "c10d"]

@@ -41,10 +41,10 @@ from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
 from mgpu.protocol.model.kv_pools import PoolSize
 from mgpu.protocol.model.layout import Layout, StepLimits
 from mgpu.protocol.model.placement import PlacementPlan, Stage
-from mgpu.worker.compile_ahead.compile_ahead import CompileAhead, start_triton
 from mgpu.worker.ranks.links import connect, layout_of
 from mgpu.worker.ranks.relay import Relay
 from mgpu.worker.ranks.relay_check import _pass_on, _return_tokens
+from mgpu.worker.start.compile_ahead.compile_ahead import CompileAhead, start_triton
 from mgpu.worker.start.startup import StartUp
 from mgpu.worker.steps.model_runner import ModelRunner
 

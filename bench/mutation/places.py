@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TOPS = ("protocol", "orchestrator", "worker", "launch")
-WITHOUT_GPU_UNTESTED = ("worker/kernels/", "worker/compile_ahead/")
+WITHOUT_GPU_UNTESTED = ("worker/kernels/", "worker/start/compile_ahead/")
 """Kernels: a mirrored test takes minutes in Triton's interpreter, and much of them runs on a GPU only."""
 
 

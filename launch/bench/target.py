@@ -13,7 +13,7 @@ from mgpu.launch.bench.limit import Limit, limit_of, machine_read_speed, parse_b
 from mgpu.launch.bench.options import Wanted
 from mgpu.launch.bench.probe import Probe
 from mgpu.launch.bench.shapes import SHAPES, write_config
-from mgpu.launch.prepare import prepare
+from mgpu.launch.prepare.planned_model import prepare
 from mgpu.launch.server_process import ServerDied, ServerProcess
 from mgpu.launch.settings.config import ServeConfig
 from mgpu.launch.settings.options import read_config

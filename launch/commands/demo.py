@@ -5,7 +5,7 @@ import time
 
 import click
 
-from mgpu.launch.commands.talk import ServerError, print_pieces, server_errors
+from mgpu.launch.commands.talk.options import ServerError, print_pieces, server_errors
 from mgpu.launch.pages.help import Command
 from mgpu.launch.server_process import ServerDied, ServerProcess, orderly_end
 from mgpu.orchestrator.models.find import BUILT_IN_DEMO, resolve_model

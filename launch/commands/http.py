@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from mgpu.launch.commands.talk import server_options
-from mgpu.launch.http import http_address, http_options
+from mgpu.launch.commands.talk.options import server_options
 from mgpu.launch.pages.help import Command
+from mgpu.launch.prepare.http import http_address, http_options
 from mgpu.launch.settings.options import http_flags, read_config
 from mgpu.launch.settings.values import ConfigError
 

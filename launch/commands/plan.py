@@ -10,8 +10,8 @@ import click
 
 from mgpu.launch.pages.help import Command, GroupedOption
 from mgpu.launch.pages.layout import WIDTH, narrow_layout
-from mgpu.launch.preflight import check_open_files, check_options
-from mgpu.launch.prepare import ground, note_missing_tokenizer, plan_model
+from mgpu.launch.prepare.planned_model import ground, note_missing_tokenizer, plan_model
+from mgpu.launch.prepare.preflight import check_open_files, check_options
 from mgpu.launch.settings.config import declared_options
 from mgpu.launch.settings.config_file import config_text, write_new
 from mgpu.launch.settings.options import config_options, model_argument, read_config
@@ -96,7 +96,7 @@ def plan_command(
         check_open_files()
     check_options(config, origins, keys_may_come=config_file is not None, only_plans=True)
     if config.replicas > 1 and not gpus:
-        from mgpu.launch.replicas import of_one_copy  # imports zmq, which most plans can do without
+        from mgpu.launch.prepare.replicas import of_one_copy  # imports zmq, which most plans can do without
 
         config = of_one_copy(config)
         click.echo(f"{flags.get('replicas') or 'several'} copies; each of them:", err=True)

@@ -5,7 +5,7 @@ import time
 
 import click
 
-from mgpu.launch.commands.talk import ServerError, server_errors, server_options
+from mgpu.launch.commands.talk.options import ServerError, server_errors, server_options
 from mgpu.launch.pages.help import Command
 from mgpu.protocol.client.client import Client
 from mgpu.protocol.discovery import find_endpoint, running_servers

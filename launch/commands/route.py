@@ -7,9 +7,9 @@ from typing import Any
 import click
 
 from mgpu.launch.completion import complete_endpoint, complete_file, complete_folder
-from mgpu.launch.http import http_address, http_options
 from mgpu.launch.pages.help import Command, GroupedOption
-from mgpu.launch.preflight import keys_for
+from mgpu.launch.prepare.http import http_address, http_options
+from mgpu.launch.prepare.preflight import keys_for
 from mgpu.launch.settings.options import http_flags, read_config
 from mgpu.launch.settings.values import ConfigError
 from mgpu.protocol.keys import KeyFileError, read_client_keys

@@ -13,16 +13,17 @@ from typing import Any
 
 import click
 
-from mgpu.launch.http import http_address, http_options
 from mgpu.launch.pages.help import Command
 from mgpu.launch.pages.layout import layout_for
-from mgpu.launch.preflight import check_open_files, check_options, keys_for
-from mgpu.launch.prepare import LEAST_FILES, PlannedModel, client_limits, part_of, prepare
-from mgpu.launch.replicas import copy_commands, of_one_copy
+from mgpu.launch.prepare.http import http_address, http_options
+from mgpu.launch.prepare.parts import client_limits, part_of
+from mgpu.launch.prepare.planned_model import PlannedModel, prepare
+from mgpu.launch.prepare.preflight import LEAST_FILES, check_open_files, check_options, keys_for
+from mgpu.launch.prepare.replicas import copy_commands, of_one_copy
+from mgpu.launch.prepare.several_hosts import serve_hosts
 from mgpu.launch.settings.config import ServeConfig, declared_options
 from mgpu.launch.settings.options import config_options, model_argument, read_config
 from mgpu.launch.settings.values import ConfigError
-from mgpu.launch.several_hosts import serve_hosts
 from mgpu.orchestrator.config import Restarts, ServerConfig, Timeouts
 from mgpu.orchestrator.gateway.front.endpoint import try_endpoint
 from mgpu.orchestrator.host.listening import HttpListener, listening

@@ -54,7 +54,7 @@ def _sampling_text(config: ServeConfig) -> str:
 
 def _sampling(config: ServeConfig) -> SamplingDefaults:
     """Return the defaults of a model that is on this machine. UserError if it is not."""
-    from mgpu.launch.prepare import sampling_defaults
+    from mgpu.launch.prepare.planned_model import sampling_defaults
     from mgpu.orchestrator.models.find import resolve_model
 
     model = resolve_model(config.model, part="no weights", report=lambda line: None, offline=True)

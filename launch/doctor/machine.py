@@ -13,7 +13,7 @@ import mgpu
 from mgpu.launch.completion import hub_cache
 from mgpu.launch.doctor.finding import Finding, fail, ok, warn
 from mgpu.launch.pages.versions import installed
-from mgpu.launch.prepare import LEAST_FILES
+from mgpu.launch.prepare.preflight import LEAST_FILES
 from mgpu.orchestrator.errors import UserError
 from mgpu.orchestrator.host.runtime_dir import RuntimeDir
 from mgpu.orchestrator.placement.machine.control_groups import cpu_quota, memory_limits

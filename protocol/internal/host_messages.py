@@ -1,9 +1,9 @@
 """Messages between the orchestrator and the hosts that an outside launcher starts (torchrun, srun, Kubernetes).
 
-On every host one small process for each rank, the agent (`worker/join/agent.py`), says `Hello` once a second: what it
-is, and which worker it runs. The orchestrator answers with `Orders`: in which epoch a worker should run here. Both
-repeat the whole truth, so a lost message costs a second and no state. `StartWorker` carries the spec of a worker, which
-then speaks to the orchestrator by itself, over the same endpoint (worker_messages.py).
+On every host one small process for each rank, the agent (`worker/start/join/agent.py`), says `Hello` once a second:
+what it is, and which worker it runs. The orchestrator answers with `Orders`: in which epoch a worker should run here.
+Both repeat the whole truth, so a lost message costs a second and no state. `StartWorker` carries the spec of a worker,
+which then speaks to the orchestrator by itself, over the same endpoint (worker_messages.py).
 
 Each side measures silence by its own monotonic clock. No time of one host is compared with that of another.
 """

@@ -94,6 +94,6 @@ def test_a_change_is_caught_or_survives_and_the_file_is_restored(tmp_path: Path,
     trial = try_change(tests, upper)
     assert (trial.outcome, bool(trial.by)) == (outcome, outcome != "survived")
     fails_anyway = test == "within(2) is False"
-    assert tests.failing == ({"tests/launch/test_limits.py::test_it"} if fails_anyway else set())
+    assert tests.failing == ({"tests/launch/prepare/test_limits.py::test_it"} if fails_anyway else set())
     assert "+    return low <= value < " in trial.diff
     assert (tmp_path / "launch" / "limits.py").read_text() == SOURCE

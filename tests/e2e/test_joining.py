@@ -21,7 +21,7 @@ from harness.ranks.joined_hosts import (
 )
 from harness.waiting import eventually
 from mgpu import Client
-from mgpu.launch.commands.keygen import make_client
+from mgpu.launch.commands.install.keygen import make_client
 
 PROMPT = [*range(3, 20)]
 SLOW = {"FAKE_WORKER": '{"step_s": 0.01}'}

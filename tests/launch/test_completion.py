@@ -10,7 +10,7 @@ from click.shell_completion import CompletionItem, ShellComplete
 
 from mgpu.launch import completion
 from mgpu.launch.cli import cli
-from mgpu.launch.commands.completion import PROGRAM, VARIABLE
+from mgpu.launch.commands.install.completion import PROGRAM, VARIABLE
 from mgpu.protocol.discovery import RunningServer
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mgpu.launch.cli import EXIT_USAGE
-from mgpu.launch.commands.install_service import config_dir, service_files, shipped
+from mgpu.launch.commands.install.install_service import config_dir, service_files, shipped
 from mgpu.launch.settings.config import ServeConfig, load_config
 from mgpu.orchestrator.config import Timeouts
 from mgpu.orchestrator.errors import UserError

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mgpu.worker.cuda_driver import Driver, DriverError
+from mgpu.worker.probes.cuda_driver import Driver, DriverError
 
 SIZES = (4 << 10, (1 << 20) + (4 << 10), 8 << 20)
 ROUNDS = 3

@@ -10,7 +10,7 @@ import json
 import sys
 import time
 
-from mgpu.worker.cuda_driver import Driver, DriverError
+from mgpu.worker.probes.cuda_driver import Driver, DriverError
 
 _SIZES = (256 << 20, 32 << 20)
 """Bytes of a copy; the second if the GPU has no room for the first."""

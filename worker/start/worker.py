@@ -20,12 +20,12 @@ from mgpu.protocol.internal.worker_messages import (
     WorkerSpec,
 )
 from mgpu.protocol.model.kv_pools import PoolSize
-from mgpu.worker.compile_ahead.compile_ahead import CompileAhead, start_triton
-from mgpu.worker.control_socket import ControlSocket
-from mgpu.worker.device import cuda_ordinal
 from mgpu.worker.errors import BadPlan, CaptureHung, OutOfMemory
 from mgpu.worker.ranks.links import Links, connect
+from mgpu.worker.start.compile_ahead.compile_ahead import CompileAhead, start_triton
+from mgpu.worker.start.device import cuda_ordinal
 from mgpu.worker.start.startup import StartUp
+from mgpu.worker.steps.control_socket import ControlSocket
 from mgpu.worker.steps.step_loop import StepLoop
 
 PROGRESS_INTERVAL_S = 0.1

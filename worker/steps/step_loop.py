@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from mgpu.protocol.internal.worker_messages import Shutdown, StaySpinning, StepPlan, StepResult, Vocabulary
-from mgpu.worker.control_socket import ControlSocket
 from mgpu.worker.errors import BadPlan
 from mgpu.worker.sampling.sampler import Sampled
+from mgpu.worker.steps.control_socket import ControlSocket
 from mgpu.worker.steps.model_runner import ModelRunner
 
 MAX_IN_FLIGHT = 2

@@ -13,8 +13,8 @@ from mgpu.protocol.model.facts import Dtype, KvCacheDtype, ModelSource
 from mgpu.protocol.model.layout import Layout, StepLimits
 from mgpu.protocol.model.placement import PlacementPlan, Stage
 from mgpu.protocol.model.quantization import Quant
-from mgpu.worker.compile_ahead import compile_ahead
-from mgpu.worker.compile_ahead.compile_ahead import CompileAhead
+from mgpu.worker.start.compile_ahead import compile_ahead
+from mgpu.worker.start.compile_ahead.compile_ahead import CompileAhead
 from mgpu.worker.steps import graph_pool
 
 CPU = torch.device("cpu")

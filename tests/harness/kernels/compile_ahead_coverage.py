@@ -25,7 +25,6 @@ from mgpu.protocol.internal.worker_messages import WorkerSpec
 from mgpu.protocol.model.kv_pools import PoolSize, has_pages
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.worker.attention.check import attention_problem
-from mgpu.worker.compile_ahead.compile_ahead import CompileAhead
 from mgpu.worker.kernels.products import choose as products
 from mgpu.worker.kernels.products.warpgroup import float8_trial, trial
 from mgpu.worker.kernels.runtime import LAUNCH_MODE
@@ -35,6 +34,7 @@ from mgpu.worker.ranks import peer_check
 from mgpu.worker.ranks.collectives import MeasurableGroup, SingleRank
 from mgpu.worker.ranks.links import Links
 from mgpu.worker.sampling import sampler
+from mgpu.worker.start.compile_ahead.compile_ahead import CompileAhead
 from mgpu.worker.start.startup import StartUp
 from mgpu.worker.steps import graph_pool
 

@@ -3,8 +3,8 @@
 import argparse
 import sys
 
-from mgpu.worker.join.command import run_joined
-from mgpu.worker.join_options import add_options
+from mgpu.worker.start.join.command import run_joined
+from mgpu.worker.start.join.options import add_options
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()

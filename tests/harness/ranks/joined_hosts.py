@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from harness.waiting import eventually
-from mgpu.launch.commands.keygen import make_server, make_worker
+from mgpu.launch.commands.install.keygen import make_server, make_worker
 from mgpu.launch.server_process import ServerProcess
 
 FAKE = "harness.ranks.fake_host"

@@ -7,8 +7,8 @@ import pytest
 from click.testing import CliRunner
 
 from harness.assertions import assert_has_all
-from mgpu.launch.commands import status
-from mgpu.launch.commands.top import is_pressed
+from mgpu.launch.commands.talk import status
+from mgpu.launch.commands.talk.top import is_pressed
 from mgpu.launch.pages.status import WIDTH, ServerStatus, counters, duration, page
 from mgpu.protocol.errors import RequestFailed
 from mgpu.protocol.front.server_messages import Health
