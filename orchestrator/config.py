@@ -149,13 +149,23 @@ class ServerConfig:
         return max(1, usable // self.layout.placement.world_size)
 
     def threads_of(self, rank: int) -> int:
-        """Return the CPU threads of a worker. CPU workers beside GPUs share all cores but one for each GPU."""
-        if self.num_threads or self.device_kind == "cpu" or self.device_of(rank) != "cpu":
+        """Return the CPU threads of a worker.
+
+        Beside GPUs those that compute on the CPU, a part of the layers or only experts, share all cores but one for
+        each GPU.
+        """
+        if self.num_threads or self.device_kind == "cpu" or not self._computes_on_cpu(rank):
             return self.threads_per_worker
         ranks = range(self.layout.placement.world_size)
-        on_cpu = sum(self.device_of(other) == "cpu" for other in ranks)
-        usable = usable_cpus(len(os.sched_getaffinity(0)))
-        return max(1, (usable - (len(ranks) - on_cpu)) // on_cpu)
+        computing = sum(map(self._computes_on_cpu, ranks))
+        gpus = sum(self.device_of(other) != "cpu" for other in ranks)
+        cpus = self.worker_cpus[rank] if self.worker_cpus else frozenset()
+        threads = (usable_cpus(len(os.sched_getaffinity(0))) - gpus) // computing
+        return max(1, min(threads, len(cpus) or threads))
+
+    def _computes_on_cpu(self, rank: int) -> bool:
+        layout = self.layout
+        return self.device_of(rank) == "cpu" or bool(layout.cpu_experts_of(layout.placement.place_of(rank).stage_index))
 
     @property
     def shared_bytes(self) -> int:

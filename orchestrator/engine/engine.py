@@ -160,7 +160,7 @@ class Engine:
         self._progress.close()
         ready = self._workers.group.ready
         # On GPUs a warm-up compiles kernels: it says nothing of later steps.
-        on_cpu = self._config.device_kind == "cpu" or bool(self._config.layout.cpu_ranks)
+        on_cpu = self._config.device_kind == "cpu" or self._config.layout.waits_for_cpu
         self._steps.begin(ready.values() if on_cpu else ())
         log_ready(self._config, self._scheduler.limits, ready, time.monotonic() - self._began_s)
         self._enter(ServerState.READY)

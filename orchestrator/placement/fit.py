@@ -45,6 +45,12 @@ def device_budget(device: DeviceInfo, options: LayoutOptions) -> int:
     return max(0, share - (device.total_bytes - device.free_bytes))
 
 
+def host_budget(machine: Machine, options: LayoutOptions) -> int:
+    """Return the bytes of the memory beside the GPUs that workers may use."""
+    total, free = machine.host_bytes
+    return min(int(total * options.memory_fraction), free)
+
+
 def weight_capacity(device: DeviceInfo, options: LayoutOptions) -> int:
     """Return the bytes of a device for layers, embedding and KV cache, to balance layers by."""
     return device_budget(device, options) - _fixed_bytes(device)
@@ -69,9 +75,10 @@ def _row(sizing: Sizing, rank: int, most_states: tuple[int, int] | None = None) 
         facts = sizes.part_facts(facts, part, layout.quant, layout.expert_split)
         sizing, place = replace(sizing, facts=facts), replace(place, tp_rank=0, tp_size=1, shares=())
     types = sizing.dtype_bytes, layout.quant, layout.expert_split
-    weights = sizes.rank_weight_bytes(facts, layout.placement, place, *types)
+    on_host = _host_bytes(sizing, place)
+    weights = sizes.rank_weight_bytes(facts, layout.placement, place, *types) - on_host
     reserve = _reserve_bytes(sizing, place)
-    budget = device_budget(device, options) - _edges_on(sizing, place)
+    budget = device_budget(device, options) - _edges_on(sizing, place) - _experts_beside(sizing, place)
     layers = range(stage.first_layer, stage.end_layer)
     element_bytes = kv_element_bytes(layout.kv_cache_dtype, layout.dtype)
     per_token = sizes.kv_token_bytes(facts, layers, place.tp_size, element_bytes)
@@ -105,7 +112,26 @@ def _row(sizing: Sizing, rank: int, most_states: tuple[int, int] | None = None) 
         state_bytes=per_state,
         states=states,
         snapshots=snapshots,
+        host_bytes=on_host,
     )
+
+
+def _host_bytes(sizing: Sizing, place: RankPlace) -> int:
+    """Return the bytes of experts that a rank on a GPU keeps in the machine's memory."""
+    layout, layers = sizing.layout, sizing.layout.cpu_experts_of(place.stage_index)
+    if not layers or sizing.machine.devices[place.device].kind == "cpu":
+        return 0
+    types = sizing.dtype_bytes, layout.quant, layout.expert_split
+    return sizes.expert_bytes(sizing.facts, layers, place.tp_size, *types)
+
+
+def _experts_beside(sizing: Sizing, place: RankPlace) -> int:
+    """Return what ranks on GPUs take of a CPU worker's share of the machine's memory."""
+    if place.rank not in sizing.layout.cpu_ranks or not sizing.layout.cpu_experts:
+        return 0
+    plan = sizing.layout.placement
+    taken = sum(_host_bytes(sizing, plan.place_of(rank)) for rank in range(plan.world_size))
+    return taken // len(sizing.layout.cpu_ranks)
 
 
 def _edges_on(sizing: Sizing, place: RankPlace) -> int:
@@ -148,7 +174,7 @@ def _reserve_bytes(sizing: Sizing, place: RankPlace) -> int:
 
 def _step_tokens(sizing: Sizing) -> int:
     """Return the most tokens of a step."""
-    kind = "cpu" if sizing.layout.cpu_ranks else sizing.machine.kind
+    kind = "cpu" if sizing.layout.waits_for_cpu else sizing.machine.kind
     stages, has_experts = sizing.layout.placement.num_stages, sizing.facts.experts is not None
     return step_tokens(sizing.options, kind, sizing.machine.least_bytes, stages, has_experts)
 
@@ -262,6 +288,9 @@ def _ways_for(sizing: Sizing, tokens: int) -> str:
     ways = [f"--quant {quant} would fit on these"] * bool(quant)
     if size is not None:
         ways.append(f"{size} GPUs of this size would hold it, split tensor-parallel")
+    if layers := _experts_that_fit(sizing, tokens):
+        entry = f"{layers[0]}-{layers[-1] + 1}: {{experts: cpu}}"
+        ways.append(f'a --topology file with "{entry}" would have these layers\' experts computed by the CPU')
     if offloaded := _offload_that_fits(sizing, tokens):
         ways.append(f'-n "{offloaded}" would run its last layers on the CPU, slowly')
     return "; ".join(ways) or "No number of such GPUs would hold it; use larger GPUs"
@@ -289,6 +318,23 @@ def _offload_that_fits(sizing: Sizing, tokens: int) -> str:
 
     number = bisect.bisect_left(range(1, last.num_layers), True, key=fits) + 1
     return map_text(offloaded(number), count) if number < last.num_layers and fits(number) else ""
+
+
+def _experts_that_fit(sizing: Sizing, tokens: int) -> tuple[int, ...]:
+    """Return the fewest of the last layers whose experts must be on the CPU; empty if that is not enough."""
+    layout, facts, machine = sizing.layout, sizing.facts, sizing.machine
+    if layout.waits_for_cpu or facts.borrowed is not None or machine.hosts:
+        return ()
+    sparse = [layer for layer in range(facts.num_layers) if facts.experts_of(layer) is not None]
+
+    def fits(number: int) -> bool:
+        tried = replace(layout, cpu_experts=tuple(sparse[-number:]))
+        rows = rank_rows(replace(sizing, layout=tried))
+        has_room = sum(row.host_bytes for row in rows) <= host_budget(machine, sizing.options)
+        return has_room and all(row.needs(tokens) <= row.budget_bytes for row in rows)
+
+    number = bisect.bisect_left(range(1, len(sparse)), True, key=fits) + 1
+    return tuple(sparse[-number:]) if sparse and fits(number) else ()
 
 
 def _quant_that_fits(sizing: Sizing, tokens: int) -> Quant | None:

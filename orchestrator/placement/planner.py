@@ -6,6 +6,7 @@ from typing import get_args
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.choose import choose_placement, devices_text, dtype_of
 from mgpu.orchestrator.placement.costs import cost_notes, way_notes
+from mgpu.orchestrator.placement.cpu_experts import check_cpu_experts, cpu_expert_notes
 from mgpu.orchestrator.placement.cpu_workers import added_workers, mixed_stage, with_cpu_workers
 from mgpu.orchestrator.placement.fit import Sizing, check_float8, fit_tokens, gib, rank_rows
 from mgpu.orchestrator.placement.gguf import facts_as_held
@@ -13,7 +14,7 @@ from mgpu.orchestrator.placement.machine.devices import DeviceInfo, Machine
 from mgpu.orchestrator.placement.options import BLOCK_SIZE, LayoutOptions, step_tokens
 from mgpu.orchestrator.placement.rank_row import RankRow
 from mgpu.orchestrator.placement.split.divisibility import expert_split
-from mgpu.orchestrator.placement.topology.select import check_rules, chosen_formats
+from mgpu.orchestrator.placement.topology.select import check_rules, chosen_formats, experts_on_cpu
 from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.layout import Layout, StepLimits
 from mgpu.protocol.model.placement import Mode, PlacementPlan, Transport
@@ -70,11 +71,12 @@ def plan(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> Plan:
         )
     _check_one_stage(facts, placement)
     check_float8(machine, placement, options)
-    kind = "cpu" if cpu_ranks(placement, machine) else machine.kind  # the slowest stage bounds a step
-    max_batch_tokens = step_tokens(options, kind, machine.least_bytes, placement.num_stages, facts.experts is not None)
     layout = _layout(facts, machine, placement, options)
+    kind = "cpu" if layout.waits_for_cpu else machine.kind  # the slowest part bounds a step
+    max_batch_tokens = step_tokens(options, kind, machine.least_bytes, placement.num_stages, facts.experts is not None)
     sizing = Sizing(facts, machine, layout, options)
     rows = rank_rows(sizing)
+    check_cpu_experts(sizing, rows, _source(options))
     kv_tokens, max_seq_len = fit_tokens(sizing, rows)
     # The rank with most bytes bounds the pool, and reaches ``kv_tokens`` with exactly this.
     window_tokens = min(row.window_tokens for row in rows)
@@ -95,6 +97,7 @@ def plan(facts: ModelFacts, machine: Machine, options: LayoutOptions) -> Plan:
             *machine.notes,
             *_code_note(facts),
             *_notes(machine, layout, rows),
+            *cpu_expert_notes(sizing, rows),
             *_rope_note(facts, max_seq_len),
             *_states_note(options, rows),
             *(f"{part} is left out: tokens come one at a time" for part in facts.left_out),
@@ -165,11 +168,16 @@ def _layout(facts: ModelFacts, machine: Machine, placement: PlacementPlan, optio
         stage_transport=stage_transport,
         staged=staged_ranks(placement, machine) if stage_transport in ("peer", "pinned") else (),
         cpu_ranks=cpu_ranks(placement, machine),
+        cpu_experts=experts_on_cpu(options.topology, facts) if options.topology is not None else (),
         broken=broken_ranks(placement, machine),
         quant=options.quant,
         kv_cache_dtype=options.kv_cache_dtype,
         expert_split=options.experts or expert_split(facts, ranks, options.quant),
     )
+
+
+def _source(options: LayoutOptions) -> str:
+    return "" if options.topology is None else options.topology.source
 
 
 def _expert_reason(layout: Layout, options: LayoutOptions) -> str:

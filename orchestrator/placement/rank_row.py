@@ -17,6 +17,7 @@ class RankRow:
     end_layer: int
     heads: HeadShard
     weight_bytes: int
+    """On the device."""
     reserve_bytes: int
     """Estimate of all memory that is neither weights nor KV cache."""
     budget_bytes: int
@@ -36,6 +37,9 @@ class RankRow:
     """Running sequences whose states the rank holds; all ranks hold the same number."""
     snapshots: int = 0
     """States that it keeps beside them; all ranks keep the same number."""
+
+    host_bytes: int = 0
+    """Of experts that a worker on a GPU keeps in the machine's memory."""
 
     @property
     def all_state_bytes(self) -> int:

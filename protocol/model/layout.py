@@ -29,6 +29,8 @@ class Layout:
     """Sending and receiving ranks without peer access: their activations go through pinned host memory."""
     cpu_ranks: tuple[int, ...] = ()
     """Ranks on CPU workers beside others on GPUs. They add up in shared memory, whatever ``transport`` is."""
+    cpu_experts: tuple[int, ...] = ()
+    """Layers whose experts are in the machine's memory, and computed by the processor in the workers of the layer."""
     broken: tuple[tuple[int, int], ...] = ()
     """Ranks, in both orders, between whose GPUs the driver announces peer access that does not work."""
     quant: Quant = "none"
@@ -37,6 +39,16 @@ class Layout:
     """What keys and values are rounded to when they are stored."""
     expert_split: ExpertSplit = "tensor"
     """How the ranks of a stage share the experts of a mixture."""
+
+    @property
+    def waits_for_cpu(self) -> bool:
+        """True if steps wait for the processor: for workers on it, or for experts of workers on GPUs."""
+        return bool(self.cpu_ranks or self.cpu_experts)
+
+    def cpu_experts_of(self, stage_index: int) -> tuple[int, ...]:
+        """Return the layers of a stage whose experts are on the CPU."""
+        stage = self.placement.stages[stage_index]
+        return tuple(layer for layer in self.cpu_experts if stage.first_layer <= layer < stage.end_layer)
 
 
 @dataclass(frozen=True, slots=True)

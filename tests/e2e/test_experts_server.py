@@ -48,3 +48,23 @@ def test_answers_are_those_of_transformers_in_a_crowd_and_after_a_killed_worker(
         eventually(lambda: client.health().state == "ready")
         assert client.health().restarts == 1
         assert "experts: 6 in " in server.output()
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        ("qwen3-moe", ["--workers", "1"]),
+        ("gpt-oss", ["--workers", "2", "--tp", "2"]),
+        ("gemma4-moe", ["--workers", "2", "-n", "0:1;1:3"]),
+    ],
+)
+def test_experts_on_the_cpu_by_a_topology_file_change_no_answer(tmp_path: Path, family: str, layout: list[str]) -> None:
+    model, topology = make_tiny_model(family, tmp_path), tmp_path / "experts.yaml"
+    topology.write_text("0-3: {experts: cpu}\n")
+    arguments = ["-m", str(model.folder), "--device", "cpu", "--topology", str(topology), *layout]
+    with ServerProcess(*arguments) as server, Client(server.wait_ready()) as client:
+        alone = client.generate(model.prompt_ids, max_tokens=8, ignore_eos=True)
+        assert list(alone.token_ids) == model.output_ids
+        prompts = [model.prompt_ids[at:] for at in range(6)]
+        assert answers(client, prompts)[0] == model.output_ids[:6]
+        assert "on the CPU without their layers: " in server.output()

@@ -51,6 +51,8 @@ class WeightReader:
     def __init__(
         self, checkpoint: Checkpoint, progress: Progress, device: torch.device = _CPU, threads: int = 1
     ) -> None:
+        self._checkpoint = checkpoint
+        self._for_cpu: WeightReader | None = None
         facts = checkpoint.facts
         is_gguf = checkpoint.source.format == "gguf"
         self.norms_include_one = is_gguf and facts.architecture in ("gemma2", "gemma3", *HYBRID)
@@ -74,6 +76,14 @@ class WeightReader:
         self._pinned = PinnedReads(device) if device.type == "cuda" else None
         self._opening = Lock()
 
+    def for_cpu(self) -> "WeightReader":
+        """Return the reader for tensors on the CPU: this one, or a second one beside that of a GPU, closed with it."""
+        if self._device.type == "cpu":
+            return self
+        if self._for_cpu is None:
+            self._for_cpu = WeightReader(self._checkpoint, self._count)
+        return self._for_cpu
+
     def _count(self, nbytes: int) -> None:
         self.bytes_read += nbytes
         self._progress(nbytes)
@@ -90,6 +100,8 @@ class WeightReader:
         finally:
             self._copier.close()
             self._background.close()
+            if self._for_cpu is not None:
+                self._for_cpu.__exit__(kind, error, trace)
             for fd in self._files.values():
                 os.close(fd)
             self._files.clear()

@@ -10,6 +10,7 @@ from mgpu.protocol.model.expert_facts import ExpertSplit
 from mgpu.protocol.model.facts import KvCacheDtype, ModelFacts
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.protocol.model.quantization import Quant, weight_format
+from mgpu.worker.layers.experts.cpu_experts import HostRows
 from mgpu.worker.layers.experts.experts import ExpertMatrices
 from mgpu.worker.layers.linear import Linear, Storage
 from mgpu.worker.layers.vocab import VocabParallel
@@ -48,17 +49,19 @@ def build_stage(
     expert_split: ExpertSplit = "tensor",
     folder: str = "",
     ends: Ends | None = None,
+    cpu_experts: tuple[int, ...] = (),
 ) -> DecoderStage:
     """Allocate one rank's part of a model on its device, with undefined weights.
 
     ``folder`` has config.json, if transformers' code runs the model. ``ends`` says whether the stage embeds and whether
-    it has the head; None: its layers say so.
+    it has the head; None: its layers say so. ``cpu_experts``: the layers whose experts are on the CPU.
 
     Linear weights that will be quantized get their memory when they are loaded, one after the other.
     """
     assert (group.rank, group.size) == (place.tp_rank, place.tp_size), "the group is not this rank's stage"
     storage = Storage(dtype, device, weight_format(quant))
-    context = BuildContext(facts, group, storage, kv_cache_dtype, expert_split, place.shares, ends)
+    how = kv_cache_dtype, expert_split, place.shares, ends
+    context = BuildContext(facts, group, storage, *how, cpu_experts, HostRows(device) if cpu_experts else None)
     if facts.borrowed is not None:
         return BorrowedStage(context, layers, folder)
     make_layer = _LAYERS.get(facts.architecture, LlamaLayer)
@@ -81,8 +84,13 @@ def load_weights(
 
 
 def init_linear(stage: DecoderStage) -> None:
-    """Draw weights of linear layers, experts and packed rows of the vocabulary: they have no memory until then."""
+    """Draw weights of linear layers, experts and packed rows of the vocabulary: they have no memory until then.
+
+    Experts on the CPU beside a GPU are left out.
+    """
     for _, module in stage.named_modules():
+        if isinstance(module, ExpertMatrices) and module.weight.device.type != stage.device.type:
+            continue
         if isinstance(module, (Linear, ExpertMatrices)) or (isinstance(module, VocabParallel) and module.is_packed):
             module.init_dummy(torch.Generator(module.weight.device))
 

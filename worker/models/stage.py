@@ -22,6 +22,7 @@ from mgpu.worker.layers.attention.linear_attention import LinearConstants
 from mgpu.worker.layers.attention.rotary import Angles, RotaryEmbedding
 from mgpu.worker.layers.attention.self_attention import Attention
 from mgpu.worker.layers.attention.shared_attention import SharedAttention
+from mgpu.worker.layers.experts.cpu_experts import HostRows
 from mgpu.worker.layers.experts.expert_branch import ExpertBranch, RouterScales
 from mgpu.worker.layers.experts.experts import ExpertMatrices
 from mgpu.worker.layers.experts.router import ExpertCorrection
@@ -68,6 +69,10 @@ class BuildContext:
     ends: Ends | None = None
     """None: the stage of the first layer embeds, that of the last has the head."""
 
+    cpu_experts: tuple[int, ...] = ()
+    """Layers whose experts are on the CPU, wherever the layers are."""
+    cpu_rows: HostRows | None = None
+    """How rows reach these experts."""
     per_layer: PerLayerInputs | None = None
 
     def with_per_layer(self) -> "BuildContext":
@@ -106,7 +111,8 @@ class BuildContext:
         facts, storage = self.facts.of_layer(layer), self.storage_of(layer)
         if (experts := facts.experts_of(layer)) is not None:
             if not experts.is_branch:
-                return SparseMLP(facts, experts, self.expert_split, self.group, storage, self.part)
+                how = self.expert_split, self.group, storage, self.part, self._cpu_rows_of(layer)
+                return SparseMLP(facts, experts, *how)
             storage = storage.of_shared()
         sizes = facts.hidden_size, facts.intermediate_size
         return GatedMLP(*sizes, facts.activation, facts.mlp_bias, self.group, storage, self.part)
@@ -128,7 +134,11 @@ class BuildContext:
         """Make the experts that a layer has beside its dense network; None if it has none."""
         if (experts := self.facts.experts_of(layer)) is None:
             return None
-        return ExpertBranch(self.facts, experts, self.expert_split, self.group, self.storage_of(layer), self.part)
+        how = self.expert_split, self.group, self.storage_of(layer), self.part, self._cpu_rows_of(layer)
+        return ExpertBranch(self.facts, experts, *how)
+
+    def _cpu_rows_of(self, layer: int) -> HostRows | None:
+        return self.cpu_rows if layer in self.cpu_experts else None
 
     def vocab(self, is_head: bool = False) -> VocabParallel:
         """Make the embedding, or a head of its own."""

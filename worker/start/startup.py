@@ -47,7 +47,8 @@ class StartUp:
         layout = spec.layout
         how = layout.quant, layout.kv_cache_dtype, layout.expert_split
         ends = spec.layout.placement.ends_of(self._place.stage_index)
-        stage = build_stage(spec.facts, *where, *how, folder=spec.model.path, ends=ends)
+        on_cpu = layout.cpu_experts_of(self._place.stage_index)
+        stage = build_stage(spec.facts, *where, *how, folder=spec.model.path, ends=ends, cpu_experts=on_cpu)
         stage.max_positions = spec.limits.max_seq_len + 1
         if spec.model.load_format == "dummy":
             init_dummy_weights(stage, spec.seed)

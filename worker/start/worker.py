@@ -91,7 +91,7 @@ class Worker:
             runner.warm_up(tokens, spec.epoch)
             gc.collect()
             gc.freeze()  # all of these objects stay: no collection between steps need visit them
-            if self.device.type == "cuda":
+            if self.device.type == "cuda" and not spec.layout.cpu_experts_of(self.place.stage_index):
                 # A step has little to do on the host. Threads for it would cost more than they save, and keep cores
                 # busy that compute the masks of grammars.
                 torch.set_num_threads(1)

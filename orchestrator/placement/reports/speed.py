@@ -12,7 +12,7 @@ from mgpu.orchestrator.placement.machine.devices import DeviceInfo
 from mgpu.orchestrator.placement.machine.gpu_facts import GpuFacts, find_gpu
 from mgpu.orchestrator.placement.planner import Plan
 from mgpu.orchestrator.placement.reports.stored_formats import is_stored
-from mgpu.orchestrator.placement.split.sizes import edge_bytes, kv_token_bytes, layers_bytes, part_facts
+from mgpu.orchestrator.placement.split.sizes import edge_bytes, expert_bytes, kv_token_bytes, layers_bytes, part_facts
 from mgpu.protocol.model.expert_facts import ExpertFacts
 from mgpu.protocol.model.facts import DTYPE_BYTES, ModelFacts, kv_element_bytes
 from mgpu.protocol.model.placement import Stage, TensorPart
@@ -107,7 +107,7 @@ def estimate_speed(plan: Plan, context: int = CONTEXT, prompt: int = PROMPT) -> 
         each = [_stage_s(plan, stage, device, -(-rows // count), behind) for stage, device in pairs]
         return max(sum(each), count * max(each))
 
-    can_compute = all(device.flops for device in known)
+    can_compute = all(device.flops for device in known) and not plan.layout.cpu_experts
     first_token_s = REQUEST_S + max(step_s(prompt, 0), sum(_prompt_s(plan, *pair, prompt) for pair in pairs))
     return Speed(
         one_stream=1 / step_s(1, context),
@@ -189,7 +189,8 @@ def _stage_s(plan: Plan, stage: Stage, device: _Device, rows: int, behind: int) 
     layers, has_many = range(stage.first_layer, stage.end_layer), min(1.0, (rows - 1) / 16)
     reads = device.bytes_per_s * _READ
     elements = _elements(facts, layers, size)
-    products_s = layers_read_bytes(plan, layers, size, rows) / (reads * _PRODUCTS[quant])
+    on_host = _host_read_bytes(plan, stage, size, rows)
+    products_s = (layers_read_bytes(plan, layers, size, rows) - on_host) / (reads * _PRODUCTS[quant])
     if device.flops:
         if quant in _ROWS_FLOPS and 1 < rows <= MANY:
             products_s = max(products_s, 2 * elements * rows / (device.flops * _ROWS_FLOPS[quant]))
@@ -202,7 +203,9 @@ def _stage_s(plan: Plan, stage: Stage, device: _Device, rows: int, behind: int) 
     graph_s = products_s + head_s + kv_bytes / reads + len(layers) * (_LAYER_S + has_many * _LAYER_MANY_S)
     work_s = graph_s + len(layers) * _sums_s(plan, stage, device, rows)
     launch_s = len(layers) * _launch_s(plan, stage, device)
-    return max(work_s, launch_s) + has_many * min(work_s, launch_s)  # kernels of many rows hide less of the launching
+    host_s = size * on_host / HOST_BYTES_PER_S  # the ranks share the machine's memory
+    # Kernels of many rows hide less of the launching.
+    return max(work_s, launch_s) + has_many * min(work_s, launch_s) + host_s
 
 
 def _heaviest(plan: Plan, stage: Stage) -> tuple[Plan, int]:
@@ -226,6 +229,15 @@ def layers_read_bytes(plan: Plan, layers: range, size: int, rows: int) -> float:
         return whole
     needed = experts.count * (1 - (1 - experts.active / experts.count) ** rows)
     return few + (whole - few) * (needed - experts.active) / (experts.count - experts.active)
+
+
+def _host_read_bytes(plan: Plan, stage: Stage, size: int, rows: int) -> float:
+    """Return the bytes of experts in the machine's memory that a rank on a GPU reads in a step."""
+    layers = plan.layout.cpu_experts_of(plan.layout.placement.stages.index(stage))
+    if (experts := plan.facts.experts) is None or not layers:
+        return 0.0
+    types = size, DTYPE_BYTES[plan.layout.dtype], plan.layout.quant, plan.layout.expert_split
+    return expert_bytes(plan.facts, layers, *types) * (1 - (1 - experts.active / experts.count) ** rows)
 
 
 def _with_experts(facts: ModelFacts, experts: ExpertFacts, count: int) -> ModelFacts:
@@ -296,7 +308,8 @@ def _host_sum_s(plan: Plan, device: _Device, rows: float, nbytes: float) -> floa
 
 def _launch_s(plan: Plan, stage: Stage, device: _Device) -> float:
     """Return the seconds that the host needs to launch a layer's kernels; 0 for CUDA graphs."""
-    if device.has_graphs and not plan.layout.cpu_ranks:
+    has_experts = bool(plan.layout.cpu_experts_of(plan.layout.placement.stages.index(stage)))
+    if device.has_graphs and not plan.layout.cpu_ranks and not has_experts:
         return 0.0
     if len(stage.devices) > 1 and not _has_own_sums(plan, stage):
         return _GLOO_S if plan.layout.transport == "gloo" else _NCCL_S

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from mgpu.orchestrator.placement.cpu_experts import cpu_expert_layers
 from mgpu.orchestrator.placement.fit import gib
 from mgpu.orchestrator.placement.machine.nvml import Link
 from mgpu.orchestrator.placement.planner import Plan
@@ -96,6 +97,9 @@ def _experts_line(plan: Plan, experts: ExpertFacts) -> str:
         f"experts: {experts.count} in {sum(experts.sparse_layers)} of {plan.facts.num_layers} layers, "
         f"{experts.active} active: a token uses {gib(active)} of {gib(total)} of weights"
     )
+    if layout.cpu_experts:
+        held = [f"{gib(row.host_bytes)} of rank {row.rank}" for row in plan.rows if row.host_bytes]
+        line += f"; on the CPU without their layers: {', '.join((cpu_expert_layers(layout), *held))}"
     most = max(len(stage.devices) for stage in layout.placement.stages)
     if most == 1:
         return line
@@ -259,6 +263,7 @@ def _experts_json(plan: Plan) -> dict[str, object] | None:
         "layers": sum(plan.facts.experts.sparse_layers),
         "split": plan.layout.expert_split,
         "reason": plan.expert_reason,
+        "cpu_layers": list(plan.layout.cpu_experts),
         "total_weight_bytes": total,
         "active_weight_bytes": active,
     }
@@ -280,6 +285,7 @@ def _rank_json(row: RankRow) -> dict[str, object]:
         "kv_heads": [heads.kv_start, heads.kv_stop],
         "kv_replicas": heads.kv_replicas,
         "weight_bytes": row.weight_bytes,
+        "host_weight_bytes": row.host_bytes,
         "reserve_bytes": row.reserve_bytes,
         "kv_bytes": row.kv_bytes,
         "kv_token_bytes": row.kv_token_bytes,

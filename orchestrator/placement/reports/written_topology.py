@@ -40,7 +40,8 @@ def topology_text(plan: Plan, heading: str) -> str:
     for stage in stages:
         for first, end, formats in _runs(plan, stage):
             lines.append(f"{first}-{end}:")
-            lines += [f"  {line}" for line in (_device_line(plan, stage), *_quant_line(plan.facts, formats))]
+            experts = ["experts: cpu"] * (first in plan.layout.cpu_experts)
+            lines += [f"  {line}" for line in (_device_line(plan, stage), *_quant_line(plan.facts, formats), *experts)]
     lines += _edges(plan, stages)
     lines += _exceptions(plan)
     return "\n".join(lines) + "\n"
@@ -51,14 +52,14 @@ def _device_line(plan: Plan, stage: Stage) -> str:
 
 
 def _runs(plan: Plan, stage: Stage) -> Iterator[tuple[int, int, LayerFormats]]:
-    """Yield the ranges of a stage whose layers have equal formats."""
+    """Yield the ranges of a stage whose layers have equal formats, and experts in the same place."""
 
-    def formats(layer: int) -> LayerFormats:
-        return formats_of(plan.facts, layer, plan.layout.quant)
+    def kind(layer: int) -> tuple[LayerFormats, bool]:
+        return formats_of(plan.facts, layer, plan.layout.quant), layer in plan.layout.cpu_experts
 
-    for each, run in groupby(range(stage.first_layer, stage.end_layer), key=formats):
+    for (formats, _), run in groupby(range(stage.first_layer, stage.end_layer), key=kind):
         layers = list(run)
-        yield layers[0], layers[-1] + 1, each
+        yield layers[0], layers[-1] + 1, formats
 
 
 def _held(facts: ModelFacts) -> list[str]:

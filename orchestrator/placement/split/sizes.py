@@ -56,11 +56,11 @@ def _share(facts: ModelFacts, name: str, elements: int, tp_size: int, split: Exp
     return elements
 
 
-def _other_elements(facts: ModelFacts, layer: int, tp_size: int, split: ExpertSplit) -> int:
-    """Return the elements on a rank of all tensors of a layer that are no linear layers."""
+def _other_elements(facts: ModelFacts, layer: int, tp_size: int, split: ExpertSplit, within: str = "") -> int:
+    """Return the elements on a rank of all tensors of a layer that are no linear layers; of those within a part."""
     sums: dict[str, int] = {}
     for name, shape in layer_tensors(facts, layer).items():
-        if not name.endswith(_MATRICES) and not _HEAD_MATRICES.search(name):
+        if within in name and not name.endswith(_MATRICES) and not _HEAD_MATRICES.search(name):
             kind = re.sub(r"\.experts\.\d+\.", ".experts.", name)
             sums[kind] = sums.get(kind, 0) + math.prod(shape)
     count = facts.experts.count if facts.experts is not None else 1
@@ -102,6 +102,20 @@ def layer_bytes(
     formats = formats_of(facts, layer, quant)
     matrices = matrices_of(facts, tp_size, layer, split)
     return rest * dtype_bytes + sum(count * matrix.nbytes(formats, dtype_bytes) for matrix, count in matrices)
+
+
+def expert_bytes(
+    facts: ModelFacts, layers: Iterable[int], tp_size: int, dtype_bytes: int, quant: Quant, split: ExpertSplit
+) -> int:
+    """Return the bytes on a rank of the experts of some layers that have any: a part of their `layer_bytes`."""
+    total = 0
+    for layer in layers:
+        formats = formats_of(facts, layer, quant)
+        matrices = matrices_of(facts, tp_size, layer, split)
+        held = [pair for pair in matrices if pair[0].held in ("gate_up", "down")]
+        total += sum(count * matrix.nbytes(formats, dtype_bytes) for matrix, count in held)
+        total += _other_elements(facts, layer, tp_size, split, within=".experts.") * dtype_bytes
+    return total
 
 
 def layers_bytes(

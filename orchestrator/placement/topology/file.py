@@ -2,6 +2,7 @@
 
     0-16:            {device: "cuda[0]"}             # layers 0 to 15
     16-32:           {device: "cuda[1]", quant: 8}
+    8-16:            {experts: cpu}                  # the experts of layers 8 to 15
     31:              {quant: none}                   # later ranges win
     /lm_head/:       {device: "cuda[0]"}             # regular expressions win over ranges
 
@@ -29,11 +30,13 @@ _MOST_REPEATS = 3
 """With four, a name of 45 characters takes 10 ms, and a large model has a thousand names."""
 _CHOICES_PER_REPEAT = 5
 """So many alternatives can take as long as a repeat."""
-_KEYS = ("device", "quant")
+_KEYS = ("device", "quant", "experts")
+_SAYS = "device, quant, experts or several of them"
 _RANGE = re.compile(r"([0-9]{1,6})(?:\s*-\s*([0-9]{1,6}))?", re.ASCII)
 _DEVICE = re.compile(r"cuda\[[0-9]{1,4}\]|cpu(?:\[[0-9]{1,4}\])?", re.ASCII)
 _NUMBER = re.compile(r"[0-9]{1,4}", re.ASCII)
 _EXAMPLE = '0-16: {device: "cuda[0]", quant: 8}'
+_EXPERTS_EXAMPLE = "0-16: {experts: cpu}"
 
 
 def read_topology(path: Path) -> Topology:
@@ -108,21 +111,26 @@ def _rule(key: "Node", value: "Node", source: str) -> Rule:
     text, where = str(key.value), f"{source}, line {_line(key)}, {str(key.value)[:80]}"
     devices: DeviceNames = ()
     quant: Quant | None = None
-    for name, setting in _entries(value, where, f"write device, quant or both: {_EXAMPLE}"):
+    experts_on_cpu = False
+    for name, setting in _entries(value, where, f"write {_SAYS}: {_EXAMPLE}"):
         if name.value not in _KEYS:
             near = difflib.get_close_matches(name.value, _KEYS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(_KEYS)}"
             raise PlacementError(f"{where}: unknown key {str(name.value)[:80]!r}; {hint}")
         if name.value == "device":
             devices = _devices(_scalar(setting, where, "device"), where)
-        else:
+        elif name.value == "quant":
             quant = _quant(_scalar(setting, where, "quant"), where)
-    if not devices and quant is None:
-        raise PlacementError(f"{where}: says nothing; write device, quant or both: {_EXAMPLE}")
+        else:
+            experts_on_cpu = _on_cpu(_scalar(setting, where, "experts"), where)
+    if not devices and quant is None and not experts_on_cpu:
+        raise PlacementError(f"{where}: says nothing; write {_SAYS}: {_EXAMPLE}")
     if text.startswith("/"):
+        if experts_on_cpu:
+            raise PlacementError(f"{where}: experts belongs to layers and not to names: write {_EXPERTS_EXAMPLE}")
         return Rule(text, _line(key), pattern=_pattern(text, where), devices=devices, quant=quant)
     first, end = _layers(text, where)
-    return Rule(text, _line(key), first, end, devices=devices, quant=quant)
+    return Rule(text, _line(key), first, end, devices=devices, quant=quant, experts_on_cpu=experts_on_cpu)
 
 
 def _scalar(node: "Node", where: str, name: str) -> str:
@@ -153,6 +161,16 @@ def _quant(text: str, where: str) -> Quant:
     if text not in get_args(Quant):
         raise PlacementError(f"{where}: quant {text[:80]!r} is none of {', '.join(get_args(Quant))}")
     return cast("Quant", text)
+
+
+def _on_cpu(text: str, where: str) -> bool:
+    """Return True for the only place where experts can be without their layer."""
+    if text != "cpu":
+        raise PlacementError(
+            f"{where}: experts {text[:80]!r}: without their layer they can be on the CPU only, computed by the worker "
+            f"of the layer: write {_EXPERTS_EXAMPLE}. Without experts, they are where the layer is"
+        )
+    return True
 
 
 def _layers(text: str, where: str) -> tuple[int, int]:

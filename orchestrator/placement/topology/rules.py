@@ -23,6 +23,8 @@ class Rule:
     """Empty: they stay where they are."""
     quant: Quant | None = None
     """None: they keep what else holds for them."""
+    experts_on_cpu: bool = False
+    """True: the experts of these layers are in the machine's memory, and computed by the processor."""
 
     @property
     def layers(self) -> range:
@@ -40,6 +42,11 @@ class Topology:
     def places(self) -> bool:
         """True if any rule names a device."""
         return any(rule.devices for rule in self.rules)
+
+    @property
+    def moves_experts(self) -> bool:
+        """True if any rule puts experts on the CPU without their layers."""
+        return any(rule.experts_on_cpu for rule in self.rules)
 
     @property
     def quantizes(self) -> bool:

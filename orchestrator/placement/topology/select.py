@@ -108,13 +108,53 @@ def _way_out(rule: Rule, facts: ModelFacts, layer: int, found: Sequence[str]) ->
     where, last = "+".join(rule.devices), facts.num_layers - 1
     if all(".experts." in name for name in found):
         return (
-            f"its experts alone. They are where their layer is; the last layers can be elsewhere as a whole, such as "
-            f'{last}: {{device: "{where}"}}'
+            f"its experts alone. Experts can be on the CPU without their layers: write 0-{facts.num_layers}: "
+            f'{{experts: cpu}}. Elsewhere a layer is as a whole, such as {last}: {{device: "{where}"}}'
         )
     return (
         f"such as {found[0]}. A layer is on one device, or split over several: {layer}: {{device: "
         f'"{where}"}} moves all of it. Only embedding and head can be elsewhere'
     )
+
+
+# -- experts -----------------------------------------------------------------------------------------------------------
+
+
+def experts_on_cpu(topology: Topology, facts: ModelFacts) -> tuple[int, ...]:
+    """Return the layers whose experts are on the CPU. PlacementError if some have none, or are named twice."""
+    if not topology.moves_experts:
+        return ()
+    sparse = [layer for layer in range(facts.num_layers) if facts.experts_of(layer) is not None]
+    found: dict[int, Rule] = {}
+    for rule in (rule for rule in topology.rules if rule.experts_on_cpu):
+        where, last = topology.where(rule), facts.num_layers - 1
+        if not sparse:
+            raise PlacementError(
+                f"{where}: this {facts.architecture} model has no experts. Its last layers can be on the CPU as a "
+                f"whole, such as {last}: {{device: cpu}}"
+            )
+        if facts.borrowed is not None:
+            raise PlacementError(
+                f"{where}: experts on the CPU are not for transformers' code, which runs this {facts.architecture} "
+                f"model; whole layers can be, such as {last}: {{device: cpu}}"
+            )
+        layers = [layer for layer in rule.layers if layer in sparse]
+        if not layers:
+            raise PlacementError(f"{where}: no layer of these has experts; layers with experts: {_spans(sparse)}")
+        for layer in layers:
+            if layer in found:
+                raise PlacementError(
+                    f"{where}: the experts of layer {layer} are on the CPU already, by line {found[layer].line}"
+                )
+            found[layer] = rule
+    return tuple(sorted(found))
+
+
+def _spans(layers: Sequence[int]) -> str:
+    """Return layers as the ranges that a file has, such as 1-4, 5-8."""
+    starts = [layer for layer in layers if layer - 1 not in layers]
+    ends = [layer + 1 for layer in layers if layer + 1 not in layers]
+    return ", ".join(f"{start}-{end}" for start, end in zip(starts, ends, strict=True))
 
 
 # -- formats -----------------------------------------------------------------------------------------------------------

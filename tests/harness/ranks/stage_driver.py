@@ -78,6 +78,8 @@ class Stages:
     expert_split: ExpertSplit = "tensor"
     shares: tuple[int, ...] = ()
     """KV heads of each rank; empty: equally many."""
+    cpu_experts: tuple[int, ...] = ()
+    """Layers whose experts are on the CPU, wherever the layers are."""
     stages: list[DecoderStage] = field(init=False)
     caches: list[KvCache] = field(init=False)
     bytes_read: int = 0
@@ -92,7 +94,8 @@ class Stages:
             where = place, layers, self.group, self.dtype, self.device
             how = self.quant, self.kv_cache_dtype, self.expert_split
             ends = index == 0, index == len(self.splits) - 1
-            stage = build_stage(facts, *where, *how, folder=self.checkpoint.source.path, ends=ends)
+            on_cpu = tuple(layer for layer in layers if layer in self.cpu_experts)
+            stage = build_stage(facts, *where, *how, self.checkpoint.source.path, ends=ends, cpu_experts=on_cpu)
             self._fill(stage)
             sizes, types = (self.num_blocks, self.block_size, self.num_blocks), (self.dtype, self._kv_dtype)
             cache = KvCache.of_layers(facts, layers, part, sizes, types, self.device)
@@ -139,6 +142,7 @@ def logits_in_chunks(
     expert_split: ExpertSplit = "tensor",
     shares: tuple[int, ...] = (),
     splits: Sequence[range] = (),
+    cpu_experts: tuple[int, ...] = (),
 ) -> Tensor:
     """Return the logits of every token when one request is computed ``chunks`` tokens at a time.
 
@@ -151,7 +155,7 @@ def logits_in_chunks(
 
     def work(group: ThreadGroup) -> Tensor:
         types = {"quant": quant, "kv_cache_dtype": kv_cache_dtype, "expert_split": expert_split, "shares": shares}
-        stages = Stages(checkpoint, group, list(splits), dtype, device, **types)
+        stages = Stages(checkpoint, group, list(splits), dtype, device, **types, cpu_experts=cpu_experts)
         row = Row(list(range(stages.num_blocks))[::-1])  # a table that is not the identity
         parts, first = [], 0
         for count in chunks:

@@ -64,7 +64,7 @@ def test_qwen3_235b_names_active_and_all_bytes() -> None:
     experts = layout_json(planned)["experts"]
     assert experts == {
         "count": 128, "active": 8, "layers": 94, "split": "tensor", "total_weight_bytes": total,
-        "active_weight_bytes": active, "reason": planned.expert_reason,
+        "active_weight_bytes": active, "reason": planned.expert_reason, "cpu_layers": [],
     }  # fmt: skip
     line = next(line for line in layout_text(planned).splitlines() if line.startswith("experts: "))
     assert_has_all(

@@ -12,6 +12,7 @@ from mgpu.protocol.model.expert_facts import ExpertFacts, ExpertSplit
 from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.placement import TensorPart
 from mgpu.worker.layers.activations import Product
+from mgpu.worker.layers.experts.cpu_experts import CpuExperts, HostRows
 from mgpu.worker.layers.experts.experts import Experts
 from mgpu.worker.layers.experts.router import Router, Routing
 from mgpu.worker.layers.experts.sparse_mlp import has_kernels_for
@@ -21,6 +22,8 @@ from mgpu.worker.layers.norm import RMSNorm
 from mgpu.worker.layers.partial_sum import Delta, sum_of_parts, summed, summed_tensor
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.ranks.collectives import TensorParallelGroup
+
+AnyExperts = Experts | CpuExperts
 
 
 class RouterScales(Module):
@@ -54,7 +57,10 @@ class ExpertBranch(Module):
         group: TensorParallelGroup,
         storage: Storage,
         part: TensorPart,
+        cpu_rows: HostRows | None = None,
     ) -> None:
+        """``cpu_rows``: how rows reach experts on the CPU; None: the experts are on the device."""
+
         def norm() -> RMSNorm:
             return RMSNorm(facts.hidden_size, facts.rms_norm_eps, storage.dtype, storage.device)
 
@@ -63,8 +69,9 @@ class ExpertBranch(Module):
         self.router = Router(experts, facts.hidden_size, storage)
         self.scales = RouterScales(experts, facts.hidden_size, storage)
         shard = part.experts(experts, split, storage.of_down().form.splits_at)
-        self.experts = Experts(experts, facts.hidden_size, facts.activation, shard, storage)
-        has_kernels = has_kernels_for(experts, storage)
+        sizes_of = experts, facts.hidden_size, facts.activation, shard, storage
+        self.experts = Experts(*sizes_of) if cpu_rows is None else CpuExperts(*sizes_of, cpu_rows)
+        has_kernels = cpu_rows is None and has_kernels_for(experts, storage)
         self._compute = _kernel_experts() if has_kernels else _plain_experts
         self.waits_for_host = not has_kernels
         self.norm, self.out_norm, self.dense_out_norm = norm(), norm(), norm()
@@ -91,14 +98,15 @@ class ExpertBranch(Module):
         self.out_norm.load(reader, f"{prefix}.post_feedforward_layernorm_2")
 
 
-def _plain_experts(experts: Experts, x_TD: Tensor, routing: Routing) -> Delta:
+def _plain_experts(experts: AnyExperts, x_TD: Tensor, routing: Routing) -> Delta:
     return experts(x_TD, routing)
 
 
-def _kernel_experts() -> Callable[[Experts, Tensor, Routing], Delta]:
+def _kernel_experts() -> Callable[[AnyExperts, Tensor, Routing], Delta]:
     from mgpu.worker.kernels.experts.choose import ExpertStacks, routed_experts
 
-    def compute(experts: Experts, x_TD: Tensor, routing: Routing) -> Delta:
+    def compute(experts: AnyExperts, x_TD: Tensor, routing: Routing) -> Delta:
+        assert isinstance(experts, Experts), "no kernels compute experts on the CPU"
         held = experts.gate_up.held, experts.down.held
         stacks = ExpertStacks(*held, experts.shard.experts.start, experts.activation)
         chosen = routing.experts_TA.to(torch.int32).contiguous(), routing.weights_TA.float().contiguous()

@@ -27,6 +27,9 @@ from mgpu.worker.quantization.quantize import quantize
 from mgpu.worker.quantization.random_packed import random_packed
 from mgpu.worker.quantization.stacks import empty_stack, matrix_of, put_matrix
 
+_DRAWN = 4
+"""Experts of a layer that random weights on a CPU are drawn for."""
+
 
 class ExpertMatrices(Module):
     """One matrix [O, I] of each expert, stacked: dense [N, O, I], or packed in stacks of words and scales.
@@ -76,15 +79,23 @@ class ExpertMatrices(Module):
         return matmul(x_RI, self.weight[expert], bias_O)
 
     def init_dummy(self, generator: torch.Generator) -> None:
-        """Draw weights that keep the scale of their input."""
-        for expert in range(self._count):
+        """Draw weights that keep the scale of their input. On a CPU, which draws slowly, experts repeat the first."""
+        drawn = min(self._count, _DRAWN) if self.weight.device.type == "cpu" else self._count
+        for expert in range(drawn):
             if self.form.source:
                 self.put(expert, random_packed(self.form, self._parts, self._shape[1], generator))
                 continue
             weight_OI = self.dense(expert).normal_(0.0, self._shape[1] ** -0.5, generator=generator)
             self.keep(expert, weight_OI)
+        for tensor in self._stacks():
+            for first in range(drawn, self._count, max(1, drawn)):
+                tensor[first : first + drawn] = tensor[: min(drawn, self._count - first)]
         if self.bias is not None:
             self.bias.zero_()
+
+    def _stacks(self) -> tuple[Tensor, ...]:
+        """Return the tensors of weights, whose first dimension is that of experts."""
+        return (self.weight,) if self.packed is None else self.packed.tensors()
 
     def weight_bytes(self) -> int:
         packed = 0 if self.packed is None else self.packed.nbytes

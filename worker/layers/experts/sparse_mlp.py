@@ -14,6 +14,7 @@ from mgpu.protocol.model.placement import TensorPart
 from mgpu.protocol.model.weight_format import WeightFormat
 from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.layers.activations import Activations, scaled
+from mgpu.worker.layers.experts.cpu_experts import CpuExperts, HostRows
 from mgpu.worker.layers.experts.experts import Experts
 from mgpu.worker.layers.experts.router import Router
 from mgpu.worker.layers.linear import Linear, Storage
@@ -45,17 +46,20 @@ class SparseMLP(Module):
         group: TensorParallelGroup,
         storage: Storage,
         part: TensorPart | None = None,
+        cpu_rows: HostRows | None = None,
     ) -> None:
+        """``cpu_rows``: how rows reach experts on the CPU; None: the experts are on the device."""
         self._group = group
         part = part or TensorPart(group.rank, group.size)
         kernel_mlp = _kernel_mlp if experts.choice is None else _routed_kernel_mlp
-        has_kernels = has_kernels_for(experts, storage)
+        has_kernels = cpu_rows is None and has_kernels_for(experts, storage)
         self._compute = kernel_mlp() if has_kernels else _plain_mlp
         self.waits_for_host = not has_kernels
         self._add_share = _kernel_share() if uses_kernels(storage.device) else _plain_share
         shard = part.experts(experts, split, storage.of_down().form.splits_at)
         self.router = Router(experts, facts.hidden_size, storage)
-        self.experts = Experts(experts, facts.hidden_size, facts.activation, shard, storage)
+        sizes_of = experts, facts.hidden_size, facts.activation, shard, storage
+        self.experts = Experts(*sizes_of) if cpu_rows is None else CpuExperts(*sizes_of, cpu_rows)
         self.shared: GatedMLP | None = None
         self.shared_gate: SharedGate | None = None
         if experts.shared_width:
@@ -134,6 +138,7 @@ def _stacks(mlp: SparseMLP) -> "ExpertStacks":
     from mgpu.worker.kernels.experts.few import SharedNetwork
 
     experts, network = mlp.experts, None
+    assert isinstance(experts, Experts), "no kernels compute experts on the CPU"
     takes_same = not mlp.router.facts.weighs_inputs
     if (shared := mlp.shared) is not None and takes_same and not shared.gate_up.pieces and not shared.down.pieces:
         gate_up, down = shared.gate_up.held, shared.down.held

@@ -22,6 +22,7 @@ from mgpu.protocol.internal.worker_messages import NewRow, RowSampling, StepPlan
 from mgpu.protocol.model.kv_pools import PoolSize, has_pages
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.worker.kernels.use import uses_kernels
+from mgpu.worker.layers.experts.cpu_experts import CpuExperts
 from mgpu.worker.models.build import DecoderStage, build_stage, init_linear
 from mgpu.worker.ranks.collectives import MeasurableGroup, absent_ranks
 from mgpu.worker.sampling.sampler import Sampler
@@ -148,6 +149,7 @@ class CompileAhead:
                 facts.sliding_layers[layer],
                 facts.kind_of(layer),
                 facts.formats[layer : layer + 1],
+                layer in self.spec.layout.cpu_experts,
             ): layer
             for layer in range(own.first_layer, own.end_layer)
         }
@@ -165,7 +167,12 @@ class CompileAhead:
         where = self.place, layers, self.group, dtype, self.device
         layout = spec.layout
         how = layout.quant, layout.kv_cache_dtype, layout.expert_split, spec.model.path
-        stage = build_stage(short, *where, *how, ends=layout.placement.ends_of(self.place.stage_index))
+        on_cpu = tuple(at for at, layer in zip(layers, kinds, strict=True) if layer in layout.cpu_experts)
+        ends = layout.placement.ends_of(self.place.stage_index)
+        stage = build_stage(short, *where, *how, ends=ends, cpu_experts=on_cpu)
+        for _, part in stage.named_modules():
+            if isinstance(part, CpuExperts):
+                part.is_idle = True
         stage.max_positions = spec.limits.max_seq_len + 1
         stage.assume_kernels()
         if spec.layout.quant != "none" or facts.formats:
