@@ -5,7 +5,8 @@ One turn of the loop waits until something is ready or the clock is due, and the
     client's message    if one is waiting, wake an idle engine before it is read
     parent              if its descriptors are readable it is gone, and this turn is the last
     connections         answer all handshakes that wait, end connections that are too many
-    threads             take all results: the loaded tokenizer, prompts encoded by other processes
+    threads             take all results: the loaded tokenizer, prompts encoded by other processes; begin those prompts
+                        whose pause is over
     engine              handle up to 8 messages, answer questions for 2 ms, ask for those that wait
     clients             send what slow readers now take, handle messages in turns by account for 4 ms, during a pause
                         that the pace asks for only those of modest owners, drop lost connections (`clients.py`)
@@ -89,7 +90,7 @@ class Gateway:
         self._suspects = Suspects(spec, self._outgoing)
         self._requests = RequestHandler(self._model, self._table, self._outgoing)
         self._encoders = EncoderProcesses(spec.model_path, spec.model_format, spec.vocab_size)
-        prompts = Prompts(self._requests, background, self._encoders, spec.vocab_size)
+        self._prompts = Prompts(self._requests, background, self._encoders, spec.vocab_size)
         self._queries = Queries(
             self._model, self._table, self._outgoing, self._requests.times, front.connections.count_for
         )
@@ -100,7 +101,7 @@ class Gateway:
             turns,
             self._requests,
             self._model,
-            prompts,
+            self._prompts,
             self._queries,
             self._resumptions,
             self._outgoing,
@@ -130,6 +131,7 @@ class Gateway:
                 self.stop()
             self._front.admit()
             self._background.deliver_results()
+            self._prompts.begin_paused()
             self._read_link()
             self._front.send_batches()
             self._clients.charge(self._queries.advance())
@@ -178,7 +180,7 @@ class Gateway:
         return poller
 
     def _wait_ms(self) -> int:
-        wait_s = min(self._next_period_s - time.monotonic(), self._queries.wait_s())
+        wait_s = min(self._next_period_s - time.monotonic(), self._queries.wait_s(), self._prompts.wait_s())
         if self._front.has_backlog:
             wait_s = min(wait_s, BACKLOG_RETRY_S)
         if (pause_s := self._clients.wait_s()) or self._clients.has_messages:

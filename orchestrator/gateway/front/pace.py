@@ -45,9 +45,15 @@ class Pace:
     """The time that is earned and not spent."""
 
     def __init__(
-        self, clock_s: Callable[[], float] = time.monotonic, share: float = SHARE, most_s: float = MOST_S
+        self,
+        clock_s: Callable[[], float] = time.monotonic,
+        share: float = SHARE,
+        most_s: float = MOST_S,
+        most_debt_s: float | None = None,
     ) -> None:
+        """``most_s`` can be saved up, and ``most_debt_s`` be owed; None: as much as can be saved up."""
         self._share, self._most_s = share, most_s
+        self._most_debt_s = most_s if most_debt_s is None else most_debt_s
         self._clock_s = clock_s
         self._left_s, self._earned_s = most_s, clock_s()
 
@@ -63,8 +69,8 @@ class Pace:
         return max(0.0, LEAST_S - self.left_s()) / self._share
 
     def spend(self, seconds: float) -> None:
-        """Note what was spent. A debt is at most as large as the credit, and so a pause at most about half a second."""
-        self._left_s = max(-self._most_s, self._left_s - seconds)
+        """Note what was spent. By default a debt is at most as large as the credit, and a pause about half a second."""
+        self._left_s = max(-self._most_debt_s, self.left_s() - seconds)
 
 
 class Modest:

@@ -2,20 +2,21 @@
 
 Owners take turns by the CPU time that their texts took (`front/fair_turns.py`), and so do the accounts of each, none
 of which has two under way. An owner whose last text took long has one under way, whatever accounts it has. So one whose
-texts are long, or hang until they are killed, delays others by one of them at most, once it is known.
+texts are long, or hang until they are killed, delays others by one of them at most, once it is known. Where cores are
+few, an owner whose texts have cost much begins them at a pace that leaves the core to the streams (`text_pace.py`).
 """
 
 import logging
 import time
 from collections import Counter
 from concurrent.futures import Future
-from dataclasses import replace
 
 from mgpu.orchestrator.gateway.front.fair_turns import FairTurns, Path
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
 from mgpu.orchestrator.gateway.requests.demands import form_after_reasoning, thinking_limit
 from mgpu.orchestrator.gateway.requests.request import Request
 from mgpu.orchestrator.gateway.requests.request_handler import RequestHandler
+from mgpu.orchestrator.gateway.requests.text_pace import TextPace
 from mgpu.orchestrator.gateway.text.processes.background import NUM_THREADS, BackgroundTasks
 from mgpu.orchestrator.gateway.text.processes.encoder_messages import TextReply, TextTask
 from mgpu.orchestrator.gateway.text.processes.encoder_process import EncoderFailed, EncoderProcesses, reason_of
@@ -29,9 +30,8 @@ INLINE_CHARS = 2048
 """Longer prompts go to another process."""
 INLINE_IDS = 256
 """More token ids are turned into text in another process."""
-SLOW_S, QUICK_S = 0.05, 0.02
-"""If a short prompt takes longer, all further ones go to another process too. Who has such a text there is slow, until
-one takes less than the second: whose texts take about as long as the first would else be both in turns."""
+SLOW_S = 0.05
+"""If a short prompt takes longer, all further ones go to another process too."""
 MOST_SLOW = 4096
 """Owners that are remembered as slow."""
 
@@ -56,6 +56,7 @@ class Prompts:
         """Texts of each owner that are worked on."""
         self._slow: set[str] = set()
         """Owners whose last text took long."""
+        self._pace = TextPace()
         self._num_running = 0
         self._bug_log, self._limit_log = BoundedLog(log, logging.ERROR), BoundedLog(log, logging.ERROR)
 
@@ -106,6 +107,15 @@ class Prompts:
 
     # ---------------------------------------------------------------- in turns
 
+    def wait_s(self) -> float:
+        """Return how long to wait until `begin_paused` has something to do."""
+        return self._pace.wait_s()
+
+    def begin_paused(self) -> None:
+        """Begin texts that had to wait, now that their time has come."""
+        if self._pace.is_due():
+            self._start_next()
+
     def _start_next(self) -> None:
         """Let as many processes work as there may be, for the accounts whose turn it is."""
         while self._num_running < NUM_THREADS and (taken := self._turns.take(self._may_begin)) is not None:
@@ -117,16 +127,18 @@ class Prompts:
 
     def _may_begin(self, owner: str) -> bool:
         """Return whether an owner may have one more process: those with slow texts leave one to the others."""
-        return not self._running_of[owner] or owner not in self._slow
+        num_running, table = self._running_of[owner], self._requests.table
+        if num_running and owner in self._slow:
+            return False
+        return self._pace.lets(owner, num_running, len(table) > table.quota.usage_of_owner(owner).requests)
 
     def _note_cost(self, owner: str, cpu_s: float) -> None:
         self._running_of[owner] -= 1
         if not self._running_of[owner]:
             del self._running_of[owner]
-        if cpu_s < QUICK_S:
+        self._pace.charge(owner, cpu_s)
+        if cpu_s < SLOW_S:
             self._slow.discard(owner)
-        elif cpu_s < SLOW_S:
-            return
         elif len(self._slow) < MOST_SLOW or owner in self._slow:
             self._slow.add(owner)
         else:
@@ -134,7 +146,7 @@ class Prompts:
 
     def _start(self, path: Path, request: Request) -> None:
         began_s = time.monotonic()
-        task = replace(self._task_of(request), is_slow=path[0] in self._slow)
+        task = self._task_of(request)
         self._running_of[path[0]] += 1
 
         def finish(future: "Future[TextReply]") -> None:

@@ -23,9 +23,8 @@ from mgpu.orchestrator.gateway.text.tokenizer import TextCodec, load_codec
 from mgpu.protocol.internal.process.child import end_with_parent
 from mgpu.protocol.internal.process.logs import configure_logging
 
-NICENESS, SLOW_NICENESS = 8, 12
-"""Streams come first where there are too few cores for both, and texts of others before those of a slow owner. From
-the first of these on a process has the second number for good: the kernel lets nobody take it back."""
+NICENESS = 8
+"""Streams come first where there are too few cores for both."""
 _MAX_SPEC_BYTES = 1 << 16
 
 
@@ -60,12 +59,9 @@ def _serve(peer: socket.socket, spec: EncoderSpec, codec: TextCodec | None) -> N
     try:
         end_with_parent(signal.SIGKILL)
         _limit(spec.memory_bytes)
-        read, is_slow = peer.makefile("rb").read, False
+        read = peer.makefile("rb").read
         while header := read(LENGTH.size):
             task = ENCODER.decode(read(LENGTH.unpack(header)[0]))
-            if task.is_slow and not is_slow:
-                is_slow = True
-                os.nice(SLOW_NICENESS - NICENESS)
             # The kernel ends the process at the limit, whatever library code it is in.
             signal.setitimer(signal.ITIMER_PROF, spec.cpu_limit_s)
             data = ENCODER.encode(_answer(codec, task, spec.vocab_size))

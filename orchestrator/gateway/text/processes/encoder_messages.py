@@ -44,8 +44,6 @@ class TextTask:
     thinking: ThinkingLimit | None = None
     """Of a chat: the grammar is to bound its reasoning."""
     wants_vocabulary: bool = False
-    is_slow: bool = False
-    """The last text of its owner took long: the process that does it comes after those with other texts."""
 
 
 @dataclass(frozen=True, slots=True)

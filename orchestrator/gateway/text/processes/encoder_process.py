@@ -36,7 +36,7 @@ WALL_LIMIT_S = 20.0
 """Longer, for machines with too few cores for all that runs."""
 MEMORY_BYTES = 1 << 30
 MOST_IDLE = 2
-"""Processes that wait for work, of both kinds together: one of each, once both have been needed."""
+"""Processes that wait for work: as many as are used at once."""
 START_LIMIT_S = 60.0
 FORK_LIMIT_S = 10.0
 
@@ -70,8 +70,7 @@ class EncoderProcesses:
         self._lock = threading.Lock()
         self._loader: _Loader | None = None
         self._is_closed = False
-        self._idle: dict[bool, deque[_Encoder]] = {False: deque(), True: deque()}
-        """By whether they do the texts of slow owners."""
+        self._idle: deque[_Encoder] = deque()
 
     def start(self) -> None:
         """Begin to load the tokenizer, without waiting for it. If no process can be started, the first task tells."""
@@ -84,27 +83,21 @@ class EncoderProcesses:
 
     def do(self, task: TextTask) -> TextReply:
         """Return the result, or an error for the client. EncoderFailed, OSError if no process can be started."""
-        encoder = self._take_idle(task.is_slow) or self._fork()
+        encoder = self._take_idle() or self._fork()
         reply = encoder.ask(task, self._wall_limit_s)
         if reply is None:
             limits = f"{self._spec.cpu_limit_s:g} s of CPU time or {self._spec.memory_bytes >> 20} MiB"
             what = "this text" if task.structured_outputs is None else "this text, or on its structured_outputs,"
             return TextReply(error=f"the process that worked on {what} has ended; it may take {limits}")
-        self._idle[task.is_slow].append(encoder)
-        self._end_surplus()
+        if len(self._idle) < MOST_IDLE:
+            self._idle.append(encoder)
         return reply
 
-    def _end_surplus(self) -> None:
-        """End processes that wait for work while there are more than are ever used at once."""
-        with suppress(IndexError):
-            while sum(map(len, self._idle.values())) > MOST_IDLE:
-                max(self._idle.values(), key=len).popleft()
-
-    def _take_idle(self, is_slow: bool) -> "_Encoder | None":
+    def _take_idle(self) -> "_Encoder | None":
         """Return a process that waits for work. One that has ended meanwhile must not cost the next text."""
         with suppress(IndexError):
             while True:
-                encoder = self._idle[is_slow].pop()
+                encoder = self._idle.pop()
                 if encoder.is_alive():
                     return encoder
         return None

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import math
 from collections import Counter
 from concurrent.futures import Future
 from types import SimpleNamespace
@@ -13,10 +14,9 @@ from harness.servers.resuming_gateway import A, B, ResumingGateway, record
 from mgpu.orchestrator.gateway.front.fair_turns import FairTurns
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.requests import request_handler
-from mgpu.orchestrator.gateway.requests.prompts import SLOW_S, Prompts
+from mgpu.orchestrator.gateway.requests.prompts import Prompts
 from mgpu.orchestrator.gateway.requests.request import Request
-from mgpu.orchestrator.gateway.text.processes.background import NUM_THREADS
-from mgpu.orchestrator.gateway.text.processes.encoder_messages import TextTask
+from mgpu.orchestrator.gateway.requests.text_pace import TextPace
 from mgpu.orchestrator.gateway.text.processes.encoder_process import EncoderFailed
 from mgpu.protocol.front.client_messages import Generate
 from mgpu.protocol.front.fields import int32_bytes
@@ -140,37 +140,87 @@ def test_the_input_of_a_request_that_was_submitted_is_not_kept() -> None:
     assert (request.spec.session, request.spec.n, request.spec.stream) == ("s", 2, True)
 
 
-def test_an_owner_with_slow_texts_leaves_a_process_to_others() -> None:
-    """On ipc each of its connections is an account, and five of them had both processes."""
-    started: list[tuple[TextTask, Any]] = []
-    prompts = object.__new__(Prompts)
-    tasks = SimpleNamespace(run=lambda work, finish: started.append((work(), finish)))
-    for name, value in (
-        ("_turns", FairTurns()), ("_running_of", Counter()), ("_slow", set()), ("_num_running", 0),
-        ("_background", tasks), ("_encoders", SimpleNamespace(do=lambda task: task)),
-        ("_task_of", lambda request: TextTask(1, prompt=request)), ("_has_ended", lambda request: False),
-        ("_finish", lambda *_: None),
-    ):  # fmt: skip
-        setattr(prompts, name, value)
+class FakePrompts:
+    """Prompts whose texts are names. They end when a test says so. Each owner has two requests in flight."""
 
-    def finish(cpu_s: float) -> None:
+    def __init__(self, num_cores: int, owners: int) -> None:
+        self.started: list[tuple[str, Any]] = []
+        self.clock_s = 100.0
+        self.prompts = object.__new__(Prompts)
+        quota = SimpleNamespace(usage_of_owner=lambda owner: SimpleNamespace(requests=2))
+        table = FakeTable(2 * owners, quota)
+        tasks = SimpleNamespace(run=lambda work, finish: self.started.append((work(), finish)))
+        for name, value in (
+            ("_turns", FairTurns()), ("_running_of", Counter()), ("_slow", set()), ("_num_running", 0),
+            ("_background", tasks), ("_encoders", SimpleNamespace(do=lambda task: task)),
+            ("_task_of", lambda request: request), ("_has_ended", lambda request: False), ("_finish", lambda *_: None),
+            ("_requests", SimpleNamespace(table=table)), ("_pace", TextPace(num_cores, lambda: self.clock_s)),
+        ):  # fmt: skip
+            setattr(self.prompts, name, value)
+
+    def put(self, owner: str, count: int = 1) -> None:
+        for number in range(count):
+            self.prompts._turns.put((owner, f"connection {number}"), cast("Any", owner))
+        self.prompts._start_next()
+
+    def finish(self, cpu_s: float) -> None:
         future: Future[Any] = Future()
         future.set_result(SimpleNamespace(cpu_s=cpu_s))
-        started.pop(0)[1](future)
+        self.clock_s += cpu_s
+        self.started.pop(0)[1](future)
 
-    for number in range(6):
-        prompts._turns.put(("slow", f"connection {number}"), cast("Any", f"slow {number}"))
-    prompts._start_next()
-    assert len(started) == NUM_THREADS == 2, "until it is known"
-    finish(1.0)
-    assert len(started) == 1
-    prompts._turns.put(("other", "its own"), cast("Any", "other"))
-    prompts._start_next()
-    assert [task.prompt for task, _ in started][1:] == ["other"]
-    finish(1.0)
-    assert [(str(task.prompt)[:5], task.is_slow) for task, _ in started] == [("other", False), ("slow ", True)]
-    finish(0.001)
-    finish(SLOW_S - 0.001)
-    assert len(started) == 1, "nearly as slow is no reason to have both"
-    finish(0.001)
-    assert len(started) == 2, "quick texts have all processes"
+    @property
+    def running(self) -> list[str]:
+        return [name for name, _ in self.started]
+
+
+class FakeTable(SimpleNamespace):
+    def __init__(self, count: int, quota: object) -> None:
+        super().__init__(count=count, quota=quota)
+
+    def __len__(self) -> int:
+        return cast("int", self.count)
+
+
+@pytest.mark.parametrize("num_cores", [1, 8])
+def test_an_owner_with_slow_texts_leaves_a_process_to_others(num_cores: int) -> None:
+    """On ipc each of its connections is an account, and five of them had both processes."""
+    fake = FakePrompts(num_cores, owners=1)
+    fake.put("slow", 6)
+    assert fake.running == ["slow", "slow"], "until it is known"
+    fake.finish(1.0)
+    assert fake.running == ["slow"]
+    fake.put("other")
+    assert fake.running == ["slow", "other"]
+    fake.finish(1.0)
+    assert fake.running == ["other", "slow"]
+    fake.finish(0.001)
+    fake.finish(0.001)
+    assert fake.running == ["slow", "slow"], "quick texts have all processes"
+
+
+def test_on_few_cores_costly_texts_wait_for_their_time_and_are_begun_then() -> None:
+    fake = FakePrompts(1, owners=2)
+    fake.put("costly", 6)
+    fake.finish(0.2)
+    fake.finish(0.2)
+    assert fake.running == [], "one was beyond what an owner has free, and the other beyond what such owners have"
+    wait_s = fake.prompts.wait_s()
+    assert 0.5 < wait_s < 2.5
+    fake.put("quick")
+    assert fake.running == ["quick"]
+    fake.prompts.begin_paused()
+    assert fake.running == ["quick"]
+    fake.clock_s += wait_s + 1e-3
+    fake.prompts.begin_paused()
+    assert fake.running == ["quick", "costly"]
+    assert fake.prompts.wait_s() == math.inf
+
+
+@pytest.mark.parametrize(("num_cores", "owners"), [(1, 1), (3, 2)])
+def test_nobody_waits_without_company_or_with_cores_to_spare(num_cores: int, owners: int) -> None:
+    fake = FakePrompts(num_cores, owners)
+    fake.put("costly", 6)
+    for _ in range(3):
+        fake.finish(2.0)
+    assert fake.running == ["costly"]

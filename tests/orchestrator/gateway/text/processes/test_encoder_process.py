@@ -7,7 +7,6 @@ import time
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -17,7 +16,7 @@ from harness.servers.gateway_process import BOS, VOCAB_SIZE, make_model_folder
 from harness.waiting import eventually
 from mgpu.orchestrator.gateway.text.chat_template import ChatPrompt
 from mgpu.orchestrator.gateway.text.processes import encoder_process as module
-from mgpu.orchestrator.gateway.text.processes.encoder import NICENESS, SLOW_NICENESS
+from mgpu.orchestrator.gateway.text.processes.encoder import NICENESS
 from mgpu.orchestrator.gateway.text.processes.encoder_messages import TextTask
 from mgpu.orchestrator.gateway.text.processes.encoder_process import EncoderFailed, EncoderProcesses, reason_of
 from mgpu.protocol.front.client_messages import Detokenize, Tokenize
@@ -152,23 +151,10 @@ def test_threads_have_a_process_each(make: Make) -> None:
     assert [answers[at] for at in range(len(texts))] == [ids(text) for text in texts]
 
 
-def test_texts_of_slow_owners_come_after_those_of_others(make: Make) -> None:
-    encoders = make()
-    for task in (chat("one"), chat("two"), replace(chat("three"), is_slow=True), chat("four")):
-        assert encoders.do(task).token_ids
-    niceness = os.getpriority(os.PRIO_PROCESS, 0)
-    usual, slow = (min(19, niceness + each) for each in (NICENESS, SLOW_NICENESS))
-    assert sorted(each.nice() for each in helpers()) == [usual, usual, slow], "that of the loader, and one for each"
-
-
-def test_a_slow_owner_needs_no_new_process_for_each_text(make: Make) -> None:
-    encoders = make()
-    encoders.do(replace(chat("slow"), is_slow=True))
-    quick = [encoders._fork() for _ in range(module.MOST_IDLE)]
-    encoders._idle[False].extend(quick)
-    [slow] = encoders._idle[True]
-    encoders.do(replace(chat("slow"), is_slow=True))
-    assert (list(encoders._idle[False]), list(encoders._idle[True])) == (quick[1:], [slow])
+def test_processes_for_text_come_after_the_streams(make: Make) -> None:
+    assert make().do(chat("one")).token_ids == ids("one")
+    nice = min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)
+    assert [each.nice() for each in helpers()] == [nice, nice], "that of the loader, and one that works"
 
 
 def test_processes_that_somebody_has_killed_are_replaced(make: Make) -> None:
