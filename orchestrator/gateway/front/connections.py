@@ -246,14 +246,15 @@ class Connections:
         return [each.owner for each in found]
 
     def end_if_left(self, connection: bytes) -> bool:
-        """End a connection that has sent a message if its peer is gone; return whether that is so.
+        """End a connection that has sent a message if its peer is gone; return whether it has ended, now or before.
 
         libzmq would hand out all that has come before, on tcp some megabytes of short messages.
         """
         found = self._by_name.get(connection)
-        if found is None or not has_left(found.fd):
-            return False
-        self._end(found)
+        if found is not None:
+            if not has_left(found.fd):
+                return False
+            self._end(found)
         return True
 
     def check(self, connection: bytes) -> None:
