@@ -27,7 +27,9 @@ DEEPSEEK_V3: Config = {
 """With fewer experts than it has: no kernel asks how many there are."""
 PROMPTS = (2048, 600, 300, 130, 96, 64, 40, 17, 8, 4, 3, 2)
 """Rows of products between which another kernel or another tiling is chosen."""
-EVERY_SHAPE = {**SHAPES, "V3": DEEPSEEK_V3}
+MANY_EXPERTS: Config = {**SHAPES["35B-A3B"], "num_experts": 512, "num_experts_per_tok": 10}
+"""As many as models have whose router chooses from all of them."""
+EVERY_SHAPE = {**SHAPES, "V3": DEEPSEEK_V3, "512-experts": MANY_EXPERTS}
 QUANTS: dict[str, Quant] = {"dense": "none", "4": "4", "8": "8", "fp8": "fp8"}
 NAMES = (*QUANTS, *filter(None, FORMATS))
 DENSE_FORMATS = ("dense", "4", "8", "fp8", "GPTQ", "AWQ", "FP8-blocks")
@@ -53,6 +55,7 @@ MODELS: tuple[Model, ...] = (
     *(Model(shape) for shape in ("135M", "32B", "70B", "35B-A3B", "gpt-oss-20b", "V2-Lite", "gemma4-31B")),
     *(Model("32B", form) for form in DENSE_FORMATS[1:]),
     *(Model("V3", form) for form in ("dense", "FP8-blocks", "Q4_K")),
+    *(Model("512-experts", dtype=dtype) for dtype in ("bfloat16", "float32")),
     *(Model(shape, kept="fp8") for shape in ("8B", "135M", "gemma4-31B")),
     *(Model(shape, form, "float16") for shape in ("8B", "30B-A3B") for form in DENSE_FORMATS),
     *(Model(shape, dtype="float32") for shape in ("135M", "8B", "30B-A3B", "35B-A3B", "V2-Lite", "gemma4-31B")),

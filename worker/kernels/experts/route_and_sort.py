@@ -27,6 +27,7 @@ from mgpu.worker.kernels.runtime import (
     launch_options,
     overlaps_launches,
     power_of_2,
+    shared_bytes,
     wait_for_inputs,
 )
 
@@ -56,11 +57,12 @@ def _load_rows(ptr, rows, k, is_row, K, stride):
 @triton.jit(do_not_specialize=["T"])
 def _scores_kernel(
     x_ptr, w_ptr, partial_ptr, T, K, E, x_stride, w_stride,
-    E_PAD: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
+    E_PAD: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(1)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    e = tl.arange(0, E_PAD)
+    e = tl.program_id(2) * BLOCK_E + tl.arange(0, BLOCK_E)
     k = split * BLOCK_K + tl.arange(0, BLOCK_K)
     w = _load_rows(w_ptr, e, k, e < E, K, w_stride)  # weights depend on no kernel
     wait_for_inputs(OVERLAP)
@@ -193,6 +195,25 @@ def route_and_sort(
     return (experts_TA, weights), found
 
 
+def score_tile(experts_pad: int, block_k: int, dtype: torch.dtype, shared: int) -> int:
+    """Return how many experts a program scores for 16 tokens: all, if their weights fit into so much shared memory.
+
+    In float32, which is for correctness, at most 64: more spill registers.
+    """
+    block_e = min(64, experts_pad) if dtype == torch.float32 else experts_pad
+    while (16 + block_e) * block_k * dtype.itemsize > shared:
+        block_e //= 2
+    return block_e
+
+
+def step_length(rows: int, dtype: torch.dtype, shared: int) -> int:
+    """Return over how many channels a step goes, so that two steps of so many rows fit into shared memory."""
+    block_k = 64
+    while 2 * rows * block_k * dtype.itemsize > shared and block_k > 16:
+        block_k //= 2
+    return block_k
+
+
 def _few_tokens(
     x_TK: Tensor, w_EK: Tensor, choice: Choice, experts_TA: Tensor, weights_TA: Tensor, found: SortedPairs
 ) -> None:
@@ -201,9 +222,10 @@ def _few_tokens(
     block_k = min(128, max(16, power_of_2(k)))
     splits = ceil_div(k, block_k)
     workspace.require(tokens * splits * experts_pad, _COUNTS + choice.held)
-    _scores_kernel[(ceil_div(tokens, 16), splits)](
+    block_e = score_tile(experts_pad, block_k, x_TK.dtype, shared_bytes(device))
+    _scores_kernel[(ceil_div(tokens, 16), splits, experts_pad // block_e)](
         x_TK, w_EK, workspace.partials, tokens, k, count, x_TK.stride(0), w_EK.stride(0),
-        experts_pad, splits, 16, block_k, overlap,
+        experts_pad, splits, 16, block_e, block_k, overlap,
         **launch_options(device, 4, 1),
     )  # fmt: skip
     _choose_kernel[(tokens,)](
@@ -221,8 +243,8 @@ def _many_tokens(
 ) -> None:
     (tokens, k), count, device = x_TK.shape, len(w_EK), x_TK.device
     experts_pad, workspace, overlap = max(16, power_of_2(count)), default_workspace(device), overlaps_launches(device)
-    block_k = min(64, max(16, power_of_2(k)))
     block_t = 32 if experts_pad <= 128 and x_TK.dtype != torch.float32 else 16
+    block_k = min(step_length(block_t + experts_pad, x_TK.dtype, shared_bytes(device)), max(16, power_of_2(k)))
     workspace.require(0, _COUNTS + choice.held)
     _many_kernel[(ceil_div(tokens, block_t),)](
         x_TK, w_EK, choice.bias_E, experts_TA, weights_TA, found.order_P, found.tiles_M4, found.num_tiles,

@@ -87,6 +87,20 @@ def test_routing_chooses_the_best_and_weighs_them(
             torch.testing.assert_close(weighed, expected_weights, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("most", [512, 0])
+def test_routing_takes_smaller_tiles_where_memory_is_small(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr(route_and_sort_module, "MANY_TOKENS", most)
+    x, w, bias = draw(7, 160, device=device), draw(60, 160, device=device), draw(60, device=device)
+    expected, expected_weights = route_and_sort(x, w, Choice(4, True, bias, 0, 60), 16)[0]
+    monkeypatch.setattr(route_and_sort_module, "shared_bytes", lambda device: 16 << 10)
+    (experts, weights), pairs = route_and_sort(x, w, Choice(4, True, bias, 0, 60), 16)
+    check_tiles(pairs, experts, 0, 60)
+    assert torch.equal(experts, expected)
+    torch.testing.assert_close(weights, expected_weights, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("choice", "count", "normalizes", "is_corrected"),
     [
