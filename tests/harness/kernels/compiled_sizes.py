@@ -27,6 +27,7 @@ from mgpu.worker.kernels.attention.latent_heads import absorb, values
 from mgpu.worker.kernels.attention.latent_prefill import ContextPiece, PromptRows, latent_prefill
 from mgpu.worker.kernels.attention.prefill import prefill_attention
 from mgpu.worker.kernels.experts.choose import ExpertStacks, RouterWeights, sparse_mlp
+from mgpu.worker.kernels.experts.route_and_sort import Choice, route_and_sort
 from mgpu.worker.kernels.layers.float8_codes import quantize_spans
 from mgpu.worker.kernels.layers.float8_quantize import quantize_blocks
 from mgpu.worker.kernels.layers.integer_rows import integer_rows
@@ -154,11 +155,17 @@ def multiply_dense_experts(tokens: int) -> None:
     sparse_mlp(torch.zeros(tokens, 256, dtype=BF16), router, ExpertStacks(gate_up, down, 0, "silu"))
 
 
+def route(tokens: int, count: int, dtype: torch.dtype) -> None:
+    x, w = torch.zeros(tokens, 1024, dtype=dtype), torch.zeros(count, 1024, dtype=dtype)
+    route_and_sort(x, w, Choice(8, True, None, 0, count), 16)
+
+
 Case = tuple[Callable[..., None], tuple[Any, ...]]
 SIZES: tuple[Case, ...] = (
     (attend, ("decode", 128, 64, BF16)),
     (attend, ("prefill", 256, 64, BF16)),
     (attend, ("prefill", 512, 64, BF16)),
+    *((attend, (name, 512, 64, torch.float32)) for name in ("decode", "prefill")),
     (attend_latents, (512, BF16)),
     (attend_latents, (512, torch.float32)),
     (multiply, ("int8", 64, 1024, BF16)),
@@ -171,6 +178,8 @@ SIZES: tuple[Case, ...] = (
     (multiply_groups, (WeightFormat("8", 32, 1, 2, source="groups"), 64)),
     (multiply_experts, (GGUF_FORMATS["Q6_K"],)),
     (multiply_dense_experts, (128,)),
+    (route, (8, 256, torch.float32)),
+    (route, (600, 512, BF16)),
 )
 """The largest tiles of each kernel."""
 FLOAT8: tuple[Case, ...] = (

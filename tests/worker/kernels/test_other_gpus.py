@@ -34,20 +34,25 @@ def test_kernels_fit_smaller_and_older_gpus(capability: int, shared: int, cases:
     assert [each for each in found if each["shared"] > shared] == []
 
 
-def test_kernels_of_a_whole_model_are_compiled_as_it_launches_them(tmp_path: Path) -> None:
+def test_attention_of_prompts_of_a_whole_model_spills_no_registers(tmp_path: Path) -> None:
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.kernels.compiled", "--gpus", "89", "--models", "135M dense bfloat16 auto"]
-    command += ["--kernels", "norm", "--processes", "1", "--save", tmp_path]
+    command = [sys.executable, "-m", "bench.kernels.compiled", "--gpus", "89", "--models", "8B dense bfloat16 auto"]
+    command += ["--kernels", "prefill", "--processes", "1", "--save", tmp_path]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in (tmp_path / "sm_89.jsonl").read_text().splitlines()]
-    assert {each["kernel"] for each in found} == {"_norm_kernel"}
-    assert all(each["registers"] > 0 and not each["error"] for each in found)
+    assert {each["kernel"] for each in found} == {"_prefill_kernel"}
+    assert all(each["registers"] > 0 and not each["error"] and not each["stack"] for each in found)
 
 
 @pytest.mark.parametrize(("shared", "stages"), [(HOPPER_BYTES, 5), (AMPERE_BYTES, 5), (ADA_BYTES, 3)], ids=str)
 def test_decode_attention_has_fewer_tiles_under_way_where_memory_is_small(shared: int, stages: int) -> None:
     assert decode_attention.choose_tiling(1, 8, 128, torch.bfloat16, shared).num_stages == stages
+
+
+@pytest.mark.parametrize(("shared", "block_n"), [(HOPPER_BYTES, 32), (AMPERE_BYTES, 32), (ADA_BYTES, 16)], ids=str)
+def test_decode_attention_in_float32_has_smaller_tiles_for_heads_of_512(shared: int, block_n: int) -> None:
+    assert decode_attention.choose_tiling(1, 8, 512, torch.float32, shared).block_n == block_n
 
 
 @pytest.mark.parametrize(("shared", "block_m"), [(HOPPER_BYTES, 128), (ADA_BYTES, 64)], ids=str)

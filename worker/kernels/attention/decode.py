@@ -184,7 +184,10 @@ def choose_tiling(
     """
     tiling = _fastest_tiling(rows, kv_heads, dim, cache_dtype)
     tile_bytes = tiling.block_n * dim * cache_dtype.itemsize
-    return tiling if 4 * tile_bytes + _OTHER_SHARED <= shared else replace(tiling, num_stages=3)
+    if 4 * tile_bytes + _OTHER_SHARED <= shared:
+        return tiling
+    block_n = tiling.block_n if 2 * tile_bytes + _OTHER_SHARED <= shared else tiling.block_n // 2
+    return replace(tiling, block_n=block_n, num_stages=3)
 
 
 def _fastest_tiling(rows: int, kv_heads: int, dim: int, cache_dtype: torch.dtype) -> DecodeTiling:

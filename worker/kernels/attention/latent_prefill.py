@@ -33,9 +33,6 @@ from mgpu.worker.kernels.runtime import (
     wait_for_inputs,
 )
 
-_LARGE_TILES_BYTES, _THREE_STAGES_BYTES = 140 << 10, 180 << 10
-"""Shared memory from which on large tiles of DeepSeek's heads fit, two or three at once."""
-
 
 class ContextPiece(NamedTuple):
     """Consecutive tokens of each row's context, in the cache."""
@@ -66,6 +63,8 @@ class LatentTiling:
     block_n: int
     num_warps: int
     num_stages: int
+    bulk: bool = True
+    """Load keys and values through tensor maps where they can be."""
 
 
 def plan_pieces(tables_RP: Tensor, lens: list[int], block_size: int, most_tokens: int) -> tuple[ContextPiece, ...]:
@@ -189,12 +188,14 @@ def _latent_prefill_kernel(
 
 
 def choose_tiling(dtype: torch.dtype, shared: int = HOPPER_SHARED_BYTES) -> LatentTiling:
-    """Pick tiles that fit into ``shared`` bytes. Float32 is for correctness, so its tiles are merely small."""
-    if dtype.itemsize > 2:
-        return LatentTiling(32, 16, 4, 2)
-    if shared < _LARGE_TILES_BYTES:
-        return LatentTiling(64, 32, 4, 2)
-    return LatentTiling(128, 64, 8, 3 if shared >= _THREE_STAGES_BYTES else 2)
+    """Pick tiles that fit into ``shared`` bytes. Float32 is for correctness, so its tiles are merely small.
+
+    GPUs before Hopper have no tensor maps: what stands in for them takes so many registers that others are spilled.
+    """
+    if shared < HOPPER_SHARED_BYTES:
+        is_wide = dtype.itemsize > 2
+        return LatentTiling(32, 16, 8, 2, bulk=False) if is_wide else LatentTiling(128, 32, 8, 2, bulk=False)
+    return LatentTiling(32, 16, 4, 2) if dtype.itemsize > 2 else LatentTiling(128, 64, 8, 3)
 
 
 def latent_prefill(
@@ -217,7 +218,7 @@ def latent_prefill(
     tiling = tiling or choose_tiling(dtype, shared_bytes(device))
     plain_pad, value_pad = (max(16, power_of_2(size)) for size in (plain, value_dim))
     # A tile that is wider than its part would read into the next one, and pitches must be multiples of 16 bytes.
-    bulk = plain_pad == plain and value_pad == value_dim and num_q * both * dtype.itemsize % 16 == 0
+    bulk = tiling.bulk and plain_pad == plain and value_pad == value_dim and num_q * both * dtype.itemsize % 16 == 0
     sums = stats = None
     if len(rows.pieces) > 1:
         sums = torch.empty(tokens, num_q, value_dim, dtype=torch.float32, device=device)

@@ -28,10 +28,6 @@ from mgpu.worker.kernels.runtime import (
 )
 
 ROWS_AT_ONCE = 256
-_LARGE_TILES_BYTES = 160 << 10
-"""Shared memory from which on large tiles of heads of 256 fit."""
-_WIDEST_TILES_BYTES = 200 << 10
-"""The same for heads of 512, of which a tile of 64 queries and two tiles of 32 keys and values take 192 KiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,18 +212,33 @@ def choose_tiling(
 
     Float32 is for correctness, so its tiles are merely small. Float8 tiles are widened in registers, so no cap there.
     """
+    if shared < HOPPER_SHARED_BYTES:
+        return _small_tiling(dim, cache_dtype)
     if cache_dtype.itemsize > 2:
         return PrefillTiling(32, 16, 4, 2)
     if dim <= 64:
         return PrefillTiling(64, 64, 4, 3)
     if dim > 256:
-        return PrefillTiling(64, 32, 8, 2) if shared >= _WIDEST_TILES_BYTES else PrefillTiling(32, 32, 4, 2)
+        return PrefillTiling(64, 32, 8, 2)
     if dim > 128:
-        is_large = block_size % 64 == 0 and shared >= _LARGE_TILES_BYTES
-        return PrefillTiling(128, 64, 8, 2) if is_large else PrefillTiling(64, 32, 4, 3)
+        return PrefillTiling(128, 64, 8, 2) if block_size % 64 == 0 else PrefillTiling(64, 32, 4, 3)
     if cache_dtype.itemsize == 1:
         return PrefillTiling(64, 64, 4, 2)
     return PrefillTiling(128, 64, 8, 2, max_registers=128) if block_size % 64 == 0 else PrefillTiling(128, 128, 8, 3)
+
+
+def _small_tiling(dim: int, cache_dtype: torch.dtype) -> PrefillTiling:
+    """Return tiles for GPUs before Hopper and small ones after it: none takes 99 KiB, and none spills registers.
+
+    Those before Hopper have no tensor maps: what stands in for them takes many registers.
+    """
+    if cache_dtype.itemsize > 2:
+        return PrefillTiling(16 if dim > 256 else 32, 16, 8 if dim > 128 else 4, 2, bulk=False)
+    if dim <= 64:
+        return PrefillTiling(64, 64, 4, 3, bulk=False)
+    if dim <= 128:
+        return PrefillTiling(128, 64, 8, 2, bulk=False)
+    return PrefillTiling(32, 32, 8, 2, bulk=False) if dim > 256 else PrefillTiling(64, 32, 8, 3, bulk=False)
 
 
 def _slot_rows(cache_NBJK: Tensor, block_n: int) -> TensorDescriptor:
