@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import TextIO
 
 from bench.kernels.compiled.gpus import GPUS, Gpu, pretend
 from bench.kernels.compiled.recorder import Compiled, Launch, Recorder, compile_all
@@ -45,29 +46,36 @@ def examine(gpu: Gpu, options: argparse.Namespace) -> int:
     launches = [each for each in record(options.models) if options.kernels in f"{each.file} {each.kernel.__name__}"]
     print(f"sm_{gpu.capability} ({gpu.names}): {len(launches)} kernels", flush=True)
     rows: dict[tuple[str, str], list[Compiled]] = defaultdict(list)
-    failures, lines = 0, []
-    for launch, found in compile_all(launches, options.processes):
-        rows[launch.file, launch.kernel.__name__].append(found)
-        is_bad = bool(found.error) or found.shared_bytes > gpu.shared_bytes
-        failures += is_bad
-        line = {"kernel": launch.kernel.__name__, "file": launch.file, "by": launch.by, "shared": found.shared_bytes,
-                "registers": found.registers, "stack": found.stack_bytes, "error": found.error}  # fmt: skip
-        lines.append({**line, "constants": launch.constants})
-        if is_bad:
-            print(
-                f"  FAILS {launch.file} {launch.by}: {found.error or found.shared_bytes} {launch.constants}", flush=True
-            )
-    for (file, name), found in sorted(rows.items()):
+    failures = 0
+    with _saved(gpu, options.save) as file:
+        for launch, found in compile_all(launches, options.processes):
+            rows[launch.file, launch.kernel.__name__].append(found)
+            print(json.dumps(_line(launch, found)), file=file, flush=True)
+            if found.error or found.shared_bytes > gpu.shared_bytes:
+                failures += 1
+                reason = found.error or found.shared_bytes
+                print(f"  FAILS {launch.file} {launch.by}: {reason} {launch.constants}", flush=True)
+    for (file_name, name), found in sorted(rows.items()):
         most = [max(getattr(each, part) for each in found) for part in ("shared_bytes", "registers", "stack_bytes")]
-        print(
-            f"  {file:36} {name:28} {len(found):4} ways, {most[0] / 1024:6.1f} KiB, {most[1]:3} registers, {most[2]} B"
-        )
-    if options.save:
-        options.save.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (options.save / f"sm_{gpu.capability}.jsonl").write_text(text)
+        sizes = f"{most[0] / 1024:6.1f} KiB, {most[1]:3} registers, {most[2]} B"
+        print(f"  {file_name:36} {name:28} {len(found):4} ways, {sizes}")
     print(f"sm_{gpu.capability}: {failures} fail", flush=True)
     return failures
+
+
+def _line(launch: Launch, found: Compiled) -> dict[str, object]:
+    return {
+        "kernel": launch.kernel.__name__, "file": launch.file, "by": launch.by, "shared": found.shared_bytes,
+        "registers": found.registers, "stack": found.stack_bytes, "error": found.error, "constants": launch.constants,
+    }  # fmt: skip
+
+
+def _saved(gpu: Gpu, folder: Path | None) -> TextIO:
+    """Open the file for a GPU's lines, so that what is compiled is kept if the rest is cut short."""
+    if folder is None:
+        return open(os.devnull, "w")
+    folder.mkdir(parents=True, exist_ok=True)
+    return (folder / f"sm_{gpu.capability}.jsonl").open("w")
 
 
 def main() -> None:
