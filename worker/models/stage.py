@@ -327,7 +327,7 @@ class DecoderStage(Module):
     def finalize(self) -> None:
         """Repack all weights for the device, once, after loading."""
         for _, module in self.named_modules():
-            if isinstance(module, Linear):
+            if isinstance(module, (Linear, ExpertMatrices)):
                 module.finalize()
         if self.head is not None:
             self.head.finalize_head(is_embedding_too=self.head is self.embedding)

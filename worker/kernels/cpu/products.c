@@ -5,7 +5,7 @@
 
      codes    8 bits: E / 4 vectors of 64 bytes. Byte 4 * n + i of vector v is the code of output n, input 4 * v + i.
               4 bits: E / 8 vectors. The low halves of vector v are the codes of vector 2 * v above, the high ones those
-              of vector 2 * v + 1.
+              of vector 2 * v + 1. They may be places in a table of 16 bytes, which are then what is multiplied.
      numbers  16 scales in float16, then 16 offsets, if the weight has any.
 
    A weight is (code - zero) * scale + offset. An input is q * step: q has 8 bits, and RUN inputs share a step. So
@@ -22,6 +22,7 @@ typedef struct {
     const uint8_t *bytes;
     int64_t outputs, inputs, group;
     int32_t bits, zero, has_offsets;
+    const uint8_t *table; /* of 16 codes; NULL: codes are as they are */
 } Weight;
 
 typedef struct {
@@ -50,6 +51,20 @@ ALWAYS Ints add_products(Ints sums, Bits codes, const int8_t *inputs) {
 #endif
 }
 
+/* Return the bytes of a table, which is there four times, at the places that the bytes of `nibbles` say. */
+ALWAYS Bits look_up(Bits table, Bits nibbles) {
+#if defined(__AVX512BW__)
+    return (Bits)_mm512_shuffle_epi8((__m512i)table, (__m512i)nibbles);
+#else
+    uint8_t from[64], at[64];
+    memcpy(from, &table, sizeof from);
+    memcpy(at, &nibbles, sizeof at);
+    for (int i = 0; i < 64; i++)
+        at[i] = from[at[i]];
+    return load_bits(at);
+#endif
+}
+
 ALWAYS Floats from_half(const uint8_t *from) {
 #if defined(__AVX512F__)
     return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
@@ -65,8 +80,12 @@ ALWAYS Floats from_half(const uint8_t *from) {
 
 /* Multiply `count` rows, at most TILE_ROWS, by a tile. Inlined for each count: sums are then in registers. */
 ALWAYS void multiply_tile(const uint8_t *tile, const Weight *w, const Rounded *x, int64_t first, int count, int bits,
-                          int has_offsets, Floats *out) {
+                          int has_offsets, int has_table, Floats *out) {
     const int64_t runs = w->inputs / RUN;
+    uint8_t four_tables[64] = {0};
+    for (int i = 0; has_table && i < 64; i++)
+        four_tables[i] = w->table[i & 15];
+    const Bits table = load_bits(four_tables);
     Floats totals[TILE_ROWS];
     for (int r = 0; r < count; r++)
         totals[r] = (Floats){0};
@@ -84,13 +103,18 @@ ALWAYS void multiply_tile(const uint8_t *tile, const Weight *w, const Rounded *x
             for (int four = 0; four < RUN; four += 64 / (2 * bits)) {
                 const Bits pair = load_bits(codes);
                 codes += sizeof pair;
+                Bits low = pair & 0x0f0f0f0fu, high = (pair >> 4) & 0x0f0f0f0fu;
+                if (has_table) {
+                    low = look_up(table, low);
+                    high = look_up(table, high);
+                }
                 for (int r = 0; r < count; r++) {
                     const int8_t *inputs = x->q + (first + r) * x->inputs + from + four;
                     if (bits == 8) {
                         sums[r] = add_products(sums[r], pair, inputs);
                     } else {
-                        sums[r] = add_products(sums[r], pair & 0x0f0f0f0fu, inputs);
-                        sums[r] = add_products(sums[r], (pair >> 4) & 0x0f0f0f0fu, inputs + 4);
+                        sums[r] = add_products(sums[r], low, inputs);
+                        sums[r] = add_products(sums[r], high, inputs + 4);
                     }
                 }
             }
@@ -109,13 +133,15 @@ ALWAYS void multiply_tile(const uint8_t *tile, const Weight *w, const Rounded *x
 ALWAYS void multiply_counted(const uint8_t *tile, const Weight *w, const Rounded *x, int64_t first, int count,
                              Floats *out) {
     if (w->bits == 8 && w->has_offsets)
-        multiply_tile(tile, w, x, first, count, 8, 1, out);
+        multiply_tile(tile, w, x, first, count, 8, 1, 0, out);
     else if (w->bits == 8)
-        multiply_tile(tile, w, x, first, count, 8, 0, out);
+        multiply_tile(tile, w, x, first, count, 8, 0, 0, out);
+    else if (w->table)
+        multiply_tile(tile, w, x, first, count, 4, 0, 1, out);
     else if (w->has_offsets)
-        multiply_tile(tile, w, x, first, count, 4, 1, out);
+        multiply_tile(tile, w, x, first, count, 4, 1, 0, out);
     else
-        multiply_tile(tile, w, x, first, count, 4, 0, out);
+        multiply_tile(tile, w, x, first, count, 4, 0, 0, out);
 }
 
 static void multiply_rows(const uint8_t *tile, const Weight *w, const Rounded *x, int64_t first, int64_t count,
@@ -160,12 +186,13 @@ static void round_row(const uint16_t *x, int64_t inputs, int8_t *q, float *steps
 /* Write y [rows, outputs] = x [rows, inputs] times the weight's transpose, both bfloat16. `room` is for x, rounded:
    rows * (inputs + 8 * inputs / RUN) bytes. */
 void mgpu_multiply(uint16_t *y, const uint16_t *x, int64_t rows, const uint8_t *bytes, int64_t outputs, int64_t inputs,
-                   int64_t group, int32_t bits, int32_t zero, int32_t has_offsets, uint8_t *room) {
+                   int64_t group, int32_t bits, int32_t zero, int32_t has_offsets, const uint8_t *table,
+                   uint8_t *room) {
     const int64_t runs = inputs / RUN, tiles = (outputs + OUTPUTS - 1) / OUTPUTS;
     float *steps = (float *)room;
     int32_t *sums = (int32_t *)(steps + rows * runs);
     int8_t *q = (int8_t *)(sums + rows * runs);
-    const Weight w = {bytes, outputs, inputs, group, bits, zero, has_offsets};
+    const Weight w = {bytes, outputs, inputs, group, bits, zero, has_offsets, table};
     const Rounded rounded = {q, steps, sums, rows, inputs};
     const int64_t group_bytes = group * OUTPUTS * bits / 8 + 2 * OUTPUTS * (1 + has_offsets);
     const int64_t tile_bytes = inputs / group * group_bytes;

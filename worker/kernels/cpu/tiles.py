@@ -5,6 +5,7 @@ can be held so, with groups of a multiple of 32 inputs, or one scale per output:
 
 - 4 bits: codes from 0 to 15. Scales and offsets of files are in float16 already, and kept; others are rounded to it.
 - 8 bits: codes from 0 to 255, which stand for -128 to 127.
+- MXFP4 and GGUF's IQ4: four bits that stand for one of 16 integers, times the scale.
 """
 
 # T tokens, N outputs, K inputs, G groups of inputs, L tiles of outputs, E bytes of a group
@@ -19,7 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mgpu.worker.kernels.cpu.library import library
-from mgpu.worker.quantization.packing import PackedWeight, codes, dequantize, group_factors, pack_int8, unpack
+from mgpu.worker.quantization.packing import (
+    E2M1,
+    NL4,
+    PackedWeight,
+    codes,
+    dequantize,
+    group_factors,
+    pack_int8,
+    unpack,
+)
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +37,11 @@ _OUTPUTS, _RUN = 16, 32
 """Outputs of a tile; inputs that are rounded together."""
 _AT_ONCE = 1 << 22
 """Weights that are repacked together: what that takes meanwhile is many times a tile."""
+_ZERO_FP4, _ZERO_NL4 = 12, 127
+_TABLES: dict[str, list[int]] = {
+    "fp4": [int(2 * value) + _ZERO_FP4 for value in E2M1], "nl4": [value + _ZERO_NL4 for value in NL4],
+}  # fmt: skip
+"""The code of each four bits: twice the value of e2m1, and that of IQ4, moved to begin at 0."""
 _LARGEST_ERROR = 2.0**-9
 """Scales that float16 holds less exactly, because they are too small or too large for it, are not rounded."""
 
@@ -44,6 +59,8 @@ class TiledWeight:
     zero: int
     """The code that stands for the offset, or for 0."""
     has_offsets: bool
+    table: Tensor | None = None
+    """uint8 [16]: the codes that four bits stand for; None: they are the code."""
 
     @property
     def nbytes(self) -> int:
@@ -58,6 +75,8 @@ class TiledWeight:
         codes_TGV4 = octets[each, :, :, places_T]
         if self.bits == 4:
             codes_TGV4 = torch.stack((codes_TGV4 & 15, codes_TGV4 >> 4), dim=3)
+        if self.table is not None:
+            codes_TGV4 = self.table[codes_TGV4.int()]
         numbers_TGP = tiles_TGE[..., self.group * _OUTPUTS * self.bits // 8 :].contiguous().view(torch.float16)
         scales_TG1 = numbers_TGP[each, :, places_T].unsqueeze(2).float()
         values = codes_TGV4.reshape(tokens, groups, self.group).float().sub_(self.zero).mul_(scales_TG1)
@@ -70,7 +89,7 @@ def tiled(weight: PackedWeight) -> TiledWeight | None:
     """Return the weight in tiles; None if the kernels cannot hold it, or there are none."""
     group = weight.group or weight.k
     is_grouped = group % _RUN == 0 and weight.k % group == 0 and weight.order is None
-    if weight.kind not in ("int4", "int8") or not is_grouped or not has_kernels():
+    if weight.kind not in ("int4", "int8", *_TABLES) or not is_grouped or not has_kernels():
         return None
     return _tiled(weight)
 
@@ -82,7 +101,7 @@ def multiply(x_TK: Tensor, weight: TiledWeight) -> Tensor:
     room = torch.empty(tokens * (weight.inputs + weight.inputs // 4), dtype=torch.uint8)
     pointers = y_TN.data_ptr(), x_TK.data_ptr(), tokens, weight.tiles.data_ptr()
     sizes = weight.outputs, weight.inputs, weight.group, weight.bits, weight.zero, weight.has_offsets
-    _kernel()(*pointers, *sizes, room.data_ptr())
+    _kernel()(*pointers, *sizes, None if weight.table is None else weight.table.data_ptr(), room.data_ptr())
     return y_TN
 
 
@@ -111,13 +130,14 @@ def _kernel() -> "ctypes._NamedFuncPointer":
     assert kernels is not None, "weights are in tiles only if there are kernels"
     function = kernels.mgpu_multiply
     pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    function.argtypes = [pointer, pointer, long, pointer, long, long, long, integer, integer, integer, pointer]
+    sizes = [long, long, long, integer, integer, integer]
+    function.argtypes = [pointer, pointer, long, pointer, *sizes, pointer, pointer]
     function.restype = None
     return function
 
 
 def _tiled(weight: PackedWeight) -> TiledWeight | None:
-    bits, group, outputs = (4 if weight.kind == "int4" else 8), weight.group or weight.k, len(weight.words)
+    bits, group, outputs = (8 if weight.kind == "int8" else 4), weight.group or weight.k, len(weight.words)
     _, offsets, zero = steps_of(weight.outputs(0, weight.rows))
     octets = group * _OUTPUTS * bits // 8 + 2 * _OUTPUTS * (1 if offsets is None else 2)
     tiles_LGE = torch.empty((-(-outputs // _OUTPUTS), weight.k // group, octets), dtype=torch.uint8)
@@ -127,17 +147,20 @@ def _tiled(weight: PackedWeight) -> TiledWeight | None:
         if part is None:
             return None
         tiles_LGE[first // _OUTPUTS : first // _OUTPUTS + len(part)] = part
-    return TiledWeight(tiles_LGE, outputs, weight.k, group, bits, zero, offsets is not None)
+    table = torch.tensor(_TABLES[weight.kind], dtype=torch.uint8) if weight.kind in _TABLES else None
+    return TiledWeight(tiles_LGE, outputs, weight.k, group, bits, zero, offsets is not None, table)
 
 
 def _tile_part(weight: PackedWeight, group: int, bits: int) -> Tensor | None:
     """Return the tiles of some outputs; None if float16 cannot hold their scales."""
+    codes_NK = codes(weight)[:, : weight.k] if bits == 4 else (unpack(weight) + 128).to(torch.uint8)
     scales_NG, offsets_NG, _ = steps_of(weight)
+    if weight.kind == "fp4":  # the scale of a block of zeros may be too small for float16, and does not matter
+        scales_NG = torch.where(((codes_NK & 7) > 0).view(*scales_NG.shape, group).any(2), scales_NG, 0.0)
     numbers = [scales_NG] if offsets_NG is None else [scales_NG, offsets_NG]
     rounded = [each.to(torch.float16) for each in numbers]
     if any(_differ(*pair) for pair in zip(numbers, rounded, strict=True)):
         return None
-    codes_NK = codes(weight)[:, : weight.k] if bits == 4 else (unpack(weight) + 128).to(torch.uint8)
     return torch.cat((_tiled_codes(codes_NK, group, bits), *map(_tiled_numbers, rounded)), dim=2)
 
 
@@ -146,7 +169,7 @@ def steps_of(weight: PackedWeight) -> tuple[Tensor, Tensor | None, int]:
 
     The second is None if the code stands for 0 in all groups.
     """
-    middle = 8 if weight.kind == "int4" else 128
+    middle = {"int4": 8, "int8": 128, "fp4": _ZERO_FP4, "nl4": _ZERO_NL4}[weight.kind]
     if weight.has_pairs:
         groups = weight.k // weight.group
         pairs_NG2 = weight.scales.view(torch.bfloat16).view(*weight.scales.shape, 2)[:, :groups].float()
@@ -154,7 +177,11 @@ def steps_of(weight: PackedWeight) -> tuple[Tensor, Tensor | None, int]:
     if weight.supers is not None or weight.offsets is not None:
         scales_NG, offsets_NG = group_factors(weight)
         return scales_NG, offsets_NG, middle if offsets_NG is None else 0
-    scales_NG = weight.scales.float().repeat_interleave(weight.rows, 0)[: len(weight.words)]
+    is_power = weight.scales.dtype == torch.uint8
+    scales_RG = torch.exp2(weight.scales.float() - 127) if is_power else weight.scales.float()
+    scales_NG = scales_RG.repeat_interleave(weight.rows, 0)[: len(weight.words)]
+    if weight.kind == "fp4":
+        scales_NG = scales_NG / 2
     return scales_NG, None if weight.zeros is None else -weight.zeros.float() * scales_NG, middle
 
 

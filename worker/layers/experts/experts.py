@@ -21,6 +21,7 @@ from mgpu.worker.layers.linear import Storage
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.products.choose import quantized_matmul
 from mgpu.worker.layers.products.cpu_matmul import matmul
+from mgpu.worker.layers.products.cpu_packed import CpuWeight, multiply, repack
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.quantization.packing import PackedWeight
 from mgpu.worker.quantization.quantize import quantize
@@ -44,6 +45,8 @@ class ExpertMatrices(Module):
         is_dense = storage.form.quant == "none"
         self.weight = torch.empty((count if is_dense else 0, *self._shape), dtype=storage.dtype, device=storage.device)
         self.packed: PackedWeight | None = None
+        self._repacked: list[CpuWeight] = []
+        """Each expert's matrix as kernels for the CPU take it, instead of ``packed``."""
         self.bias = torch.empty((count, outputs), dtype=storage.dtype, device=storage.device) if bias else None
         self._count = count
         self._parts = parts
@@ -71,9 +74,23 @@ class ExpertMatrices(Module):
             self.packed = empty_stack(matrix, self._count)
         put_matrix(self.packed, expert, matrix)
 
+    def finalize(self) -> None:
+        """Repack the matrices for the CPU's kernels if they are there, once, after loading."""
+        if self.packed is None or self.weight.device.type != "cpu":
+            return
+        first = repack(matrix_of(self.packed, 0), self._storage.dtype)
+        if isinstance(first, PackedWeight):
+            return
+        others = (repack(matrix_of(self.packed, each), self._storage.dtype) for each in range(1, self._count))
+        repacked = [first, *(each for each in others if not isinstance(each, PackedWeight))]
+        if len(repacked) == self._count:
+            self._repacked, self.packed = repacked, None
+
     def multiply(self, x_RI: Tensor, expert: int) -> Tensor:
         """Multiply by one expert's matrix."""
         bias_O = None if self.bias is None else self.bias[expert]
+        if self._repacked:
+            return multiply(x_RI, self._repacked[expert], bias_O)
         if self.packed is not None:
             return quantized_matmul(x_RI, matrix_of(self.packed, expert), bias_O)
         return matmul(x_RI, self.weight[expert], bias_O)
@@ -98,7 +115,7 @@ class ExpertMatrices(Module):
         return (self.weight,) if self.packed is None else self.packed.tensors()
 
     def weight_bytes(self) -> int:
-        packed = 0 if self.packed is None else self.packed.nbytes
+        packed = sum(each.nbytes for each in self._repacked) if self.packed is None else self.packed.nbytes
         return self.weight.nbytes + packed + (0 if self.bias is None else self.bias.nbytes)
 
 
