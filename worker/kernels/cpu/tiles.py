@@ -28,7 +28,6 @@ from mgpu.worker.quantization.packing import (
     dequantize,
     group_factors,
     pack_int8,
-    unpack,
 )
 
 log = logging.getLogger(__name__)
@@ -153,15 +152,17 @@ def _tiled(weight: PackedWeight) -> TiledWeight | None:
 
 def _tile_part(weight: PackedWeight, group: int, bits: int) -> Tensor | None:
     """Return the tiles of some outputs; None if float16 cannot hold their scales."""
-    codes_NK = codes(weight)[:, : weight.k] if bits == 4 else (unpack(weight) + 128).to(torch.uint8)
     scales_NG, offsets_NG, _ = steps_of(weight)
-    if weight.kind == "fp4":  # the scale of a block of zeros may be too small for float16, and does not matter
-        scales_NG = torch.where(((codes_NK & 7) > 0).view(*scales_NG.shape, group).any(2), scales_NG, 0.0)
     numbers = [scales_NG] if offsets_NG is None else [scales_NG, offsets_NG]
     rounded = [each.to(torch.float16) for each in numbers]
+    if weight.kind == "fp4" and _differ(scales_NG, rounded[0]):
+        # The scale of a block of zeros does not matter.
+        has_others_NG = ((codes(weight)[:, : weight.k] & 7) > 0).view(*scales_NG.shape, group).any(2)
+        numbers = [torch.where(has_others_NG, scales_NG, 0.0)]
+        rounded = [numbers[0].to(torch.float16)]
     if any(_differ(*pair) for pair in zip(numbers, rounded, strict=True)):
         return None
-    return torch.cat((_tiled_codes(codes_NK, group, bits), *map(_tiled_numbers, rounded)), dim=2)
+    return torch.cat((_tiled_codes(weight, group, bits), *map(_tiled_numbers, rounded)), dim=2)
 
 
 def steps_of(weight: PackedWeight) -> tuple[Tensor, Tensor | None, int]:
@@ -189,14 +190,22 @@ def _differ(numbers: Tensor, rounded: Tensor) -> bool:
     return not bool(((rounded.float() - numbers).abs() <= _LARGEST_ERROR * numbers.abs()).all())
 
 
-def _tiled_codes(codes_NK: Tensor, group: int, bits: int) -> Tensor:
-    """Return the codes as tiles have them, uint8 [L, G, bytes]."""
-    padded_NK = F.pad(codes_NK, (0, 0, 0, -len(codes_NK) % _OUTPUTS))
-    vectors = padded_NK.view(-1, _OUTPUTS, codes_NK.shape[1] // group, group // 4, 4).permute(0, 2, 3, 1, 4)
+def _tiled_codes(weight: PackedWeight, group: int, bits: int) -> Tensor:
+    """Return the codes as tiles have them, uint8 [L, G, bytes].
+
+    Only bytes move. Of 4 bits, octet v of word i of a run of 32 inputs has the codes of inputs 8 * v + i and
+    8 * v + 4 + i, and so has byte i of an output in vector v of the run. Of 8 bits, octet i of word j of a block of 128
+    inputs is that of input 32 * i + j.
+    """
+    octets_NB = weight.words.view(torch.uint8).view(len(weight.words), -1)
+    octets_NB = F.pad(octets_NB, (0, 0, 0, -len(octets_NB) % _OUTPUTS))
     if bits == 4:
-        low, high = vectors[:, :, 0::2], vectors[:, :, 1::2]
-        vectors = low | (high << 4)
-    return vectors.flatten(2)
+        runs = octets_NB.view(-1, _OUTPUTS, octets_NB.shape[1] // 16, 4, 4).permute(0, 2, 4, 1, 3)
+    else:
+        blocks = octets_NB.view(-1, _OUTPUTS, octets_NB.shape[1] // 128, 8, 4, 4).permute(0, 2, 5, 3, 1, 4)
+        runs = blocks.flatten(1, 2)
+    tiles_LGE = runs[:, : weight.k // _RUN].reshape(len(runs), weight.k // group, -1)
+    return tiles_LGE if bits == 4 else tiles_LGE ^ 128
 
 
 def _tiled_numbers(numbers_NG: Tensor) -> Tensor:
