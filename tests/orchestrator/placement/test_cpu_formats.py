@@ -10,6 +10,7 @@ from mgpu.orchestrator.placement.machine.cpu_features import cpu_flags, multipli
 from mgpu.orchestrator.placement.machine.devices import Machine
 from mgpu.orchestrator.placement.planner import LayoutOptions, plan
 from mgpu.protocol.checkpoint.quantized.gguf import GGUF_FORMATS
+from mgpu.protocol.model.expert_facts import ExpertFacts
 from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.weight_format import DENSE, LayerFormats, uniform
 
@@ -59,6 +60,15 @@ def test_where_workers_compile_their_kernels_8_bits_stay_packed_too_and_so_do_em
         assert (other.facts.embedding_format, other.facts.head_format) == (DENSE, DENSE)
     without = plan(facts, machine(NEW), LayoutOptions()).facts
     assert (without.embedding_format, without.formats[0]) == (DENSE, LayerFormats(out=Q4_1))
+
+
+def test_where_workers_compile_their_kernels_experts_and_values_of_a_table_stay_packed() -> None:
+    nl4, fp4 = GGUF_FORMATS["IQ4_NL"], GGUF_FORMATS["MXFP4"]
+    experts = ExpertFacts(8, 2, 768, (True,) * QWEN3_32B.num_layers, normalizes=True)
+    facts = replace(with_formats(LayerFormats(nl4, Q4_1, fp4, Q4_K)), experts=experts)
+    made = plan(facts, replace(machine(NEW), has_compiler=True), LayoutOptions()).facts
+    assert made.formats[0] == LayerFormats(nl4, Q4_1, fp4, Q4_K)
+    assert plan(facts, machine(NEW), LayoutOptions()).facts.formats[0] == LayerFormats(out=Q4_1)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,9 @@ from harness.ranks.rank_threads import run_ranks
 from harness.ranks.stage_driver import CPU, Stages, logits_in_chunks
 from mgpu.protocol.checkpoint.read import Checkpoint, read_checkpoint
 from mgpu.protocol.model.quantization import Quant
+from mgpu.worker.kernels.cpu.tiles import has_kernels
 from mgpu.worker.layers.experts.cpu_experts import CpuExperts, HostRows
+from mgpu.worker.layers.experts.router import Routing
 
 MakeModel = Callable[[str], TinyModel]
 IDS = [5, 90, 17, 3, 44, 61, 8, 29, 70, 11]
@@ -75,6 +77,28 @@ def test_experts_of_quantized_checkpoints_stay_packed(tmp_path: Path, name: str)
     layers = tuple(at for at in range(packed.facts.num_layers) if packed.facts.experts_of(at) is not None)
     beside, apart = (logits_in_chunks(packed, IDS, [6, 4], cpu_experts=each) for each in ((), layers))
     assert torch.equal(beside, apart)
+
+
+@pytest.mark.skipif(not has_kernels(), reason="needs a C compiler")
+@pytest.mark.parametrize("quant", ["4", "8"])
+def test_packed_experts_in_bfloat16_are_multiplied_by_kernels(
+    checkpoint: Checkpoint, quant: Quant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x_TD = torch.randn(9, checkpoint.facts.hidden_size, generator=torch.Generator().manual_seed(1))
+    routing = Routing(torch.tensor([[at % 6, (at + 2) % 6] for at in range(9)]), torch.full((9, 2), 0.5))
+
+    def computed(group: object) -> torch.Tensor:
+        [stage] = Stages(checkpoint, group, [range(3)], torch.bfloat16, quant=quant, cpu_experts=(0,)).stages
+        experts = stage.layers[0].mlp.experts
+        assert (experts.experts.down.packed is None) == repacks  # nothing is left of the first form
+        return experts(x_TD.to(torch.bfloat16), routing).float()
+
+    repacks = True
+    found = run_ranks(1, computed)[0]
+    repacks = False
+    monkeypatch.setattr("mgpu.worker.layers.experts.experts.repack", lambda weight, dtype: weight)
+    expected = run_ranks(1, computed)[0]
+    assert 0 < (found - expected).norm() < 0.02 * expected.norm()
 
 
 def test_a_layer_on_the_cpu_has_no_second_copy_of_its_experts(checkpoint: Checkpoint) -> None:
