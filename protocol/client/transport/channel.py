@@ -64,16 +64,14 @@ class Channel:
             ) from None
 
     def send(self, message: Mapping[str, object]) -> None:
-        """Send one message. RequestFailed if it cannot be packed; ServerUnreachable if it cannot be sent."""
+        """Send one message. RequestFailed if the server could not read it; ServerUnreachable if it cannot be sent."""
         if self.socket.closed:
             raise MgpuError("the client is closed")
         try:
             frames = framing.pack(message)
         except ValueError as error:
             raise RequestFailed("bad_request", str(error)) from None
-        size, limit = len(frames[1]), framing.FROM_CLIENT.frame_bytes
-        if size > limit:
-            raise RequestFailed("bad_request", f"the request has {size} bytes, the limit is {limit}")
+        self._check(frames)
         if self._bundle:
             self._unsent.append(frames[1])
             if len(self._unsent) >= self._bundle:
@@ -83,6 +81,19 @@ class Channel:
             send_message(self.socket, *frames)
         except zmq.Again:
             raise self.unreachable("does not take messages") from None
+
+    def _check(self, frames: list[bytes]) -> None:
+        """Raise RequestFailed for what the server could not decode.
+
+        Its answer to that has no id. So it would end every request of this connection, also those of others.
+        """
+        size, limit = len(frames[1]), framing.FROM_CLIENT.frame_bytes
+        if size > limit:
+            raise RequestFailed("bad_request", f"the request has {size} bytes, the limit is {limit}")
+        try:
+            framing.unpack(frames)
+        except framing.WireError as error:
+            raise RequestFailed(error.code, f"the request cannot be sent: {error}") from None
 
     def bundle(self, count: int) -> None:
         """Keep messages from now on until there are so many, or `flush` is called.

@@ -218,6 +218,27 @@ def test_an_engine_error_is_a_500_and_ends_a_stream_with_an_event(http: HttpServ
     assert events[-1]["error"]["code"] == "engine_error"
 
 
+@pytest.mark.parametrize("options", [
+    {"chat_template_kwargs": {"a": {str(number): 1 for number in range(65)}}},
+    {"chat_template_kwargs": {"a": [0] * 65_537}},
+    {"chat_template_kwargs": {"a": [[]] * 8_200}},
+])  # fmt: skip
+def test_what_the_front_channel_cannot_carry_ends_no_other_stream(
+    http: HttpServer, gateway: GatewayProcess, options: dict[str, object]
+) -> None:
+    gateway.engine.script = says("abcd")
+    gateway.engine.going.clear()
+    with opened(http.url, "POST", TEXT, {"prompt": "x", "max_tokens": 4, "stream": True}) as response:
+        gateway.engine.wait(lambda: len(gateway.engine.submits) == 1)
+        answer = http.post(CHAT, {"messages": HELLO, **options})
+        assert (answer.status, answer.error["code"]) == (400, "invalid_value")
+        assert "exceeds max_" in answer.error["message"] or "more than 8192" in answer.error["message"]
+        gateway.engine.going.set()
+        text = response.read().decode()
+    assert "error" not in text
+    assert text.count('"finish_reason":"length"') == 1
+
+
 def test_a_gateway_that_is_replaced_costs_a_stream_nothing(model_folder: Any) -> None:
     with GatewayProcess(model_folder) as gateway, HttpServer(gateway.endpoint) as http:
         gateway.engine.script = says("abcdefgh" * 20)

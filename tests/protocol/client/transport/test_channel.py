@@ -3,10 +3,12 @@
 from itertools import count, islice
 from pathlib import Path
 
+import pytest
 import zmq
 
 from harness.waiting import eventually
 from mgpu.protocol.client.transport.channel import Channel
+from mgpu.protocol.errors import RequestFailed
 from mgpu.protocol.front import framing
 
 BURST = 3000
@@ -57,3 +59,19 @@ def test_messages_that_are_bundled_leave_together_and_in_order(tmp_path: Path) -
         send(1)
         channel.close()
         assert heard(1) == [5], "what was kept is sent before the socket closes"
+
+
+@pytest.mark.parametrize(("value", "words"), [
+    ({str(number): 1 for number in range(65)}, "65 exceeds"),
+    ([0] * 65_537, "65537 exceeds"),
+    ([[]] * 8_200, "more than 8192 arrays and maps"),
+    ("x" * (1 << 20), "the limit is 1048576"),
+])  # fmt: skip
+def test_what_the_server_could_not_decode_is_not_sent(tmp_path: Path, value: object, words: str) -> None:
+    """The answer would have no id, and end all requests of the connection."""
+    channel = Channel(f"ipc://{tmp_path}/front")
+    try:
+        with pytest.raises(RequestFailed, match=words):
+            channel.send({"type": "generate", "id": 1, "value": value})
+    finally:
+        channel.close()
