@@ -13,12 +13,18 @@ A connection with more of them ends after the last answer.
 
 What follows a head and is not its body has a bound too: sizes and extensions of chunks, trailers, and empty lines
 before the next request. Trailers are dropped; uvicorn would keep them all.
+
+This server has one protocol, and a request that asks for another one is answered as if it had not asked. Java's client
+asks for HTTP/2 with each first request. The parser leaves the body of such a request unread, and would take it for the
+next request. So it gets the head a second time, without the question.
 """
 
 import asyncio
+import sys
 from itertools import chain
 from typing import Any, ClassVar, Protocol
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from mgpu.orchestrator.http.edge.body import BODY_TIMEOUT_S, MAX_BODY_BYTES
@@ -59,6 +65,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0
         self._is_in_head = True
+        self._data = b""
+        """What is being parsed."""
+        self._wants_other_protocol = False
         self._framing_bytes = 0
         """Since the last head, but for the body."""
         self._answered: RequestResponseCycle | None = None
@@ -108,7 +117,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._head_bytes += len(data)
         else:
             self._framing_bytes += len(data)
-        super().data_received(data)
+        self._parse(data)
         if self._is_full or self.transport.is_closing():
             return
         if self._is_in_head and self._head_bytes > MAX_HEAD_BYTES:
@@ -117,6 +126,23 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse(413, f"chunk sizes, trailers and empty lines may have {MAX_FRAMING_BYTES} bytes")
         elif self._is_unwatched:
             self._arm(self.head_timeout_s)
+
+    def _parse(self, data: bytes) -> None:
+        self._data = data
+        super().data_received(data)
+        self._data = b""
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Parse on where uvicorn drops what it was sent: it calls this for a request that wants another protocol."""
+        found = sys.exception()
+        assert isinstance(found, httptools.HttpParserUpgrade)
+        if not self._wants_other_protocol:
+            return
+        self._wants_other_protocol = False
+        rest = self._data[found.args[0] :]
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
+        lines += [name + b": " + value for name, value in self.headers if name != b"upgrade"]
+        self._parse(b"\r\n".join([*lines, b"", rest]))
 
     def _head_size(self) -> int:
         """Return the bytes of a head that is complete, without the spaces in it: it may have come with what follows."""
@@ -152,6 +178,11 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._head_size() > MAX_HEAD_BYTES:
             self._refuse_head()
             raise ValueError("too large")  # so that nothing behind it is read
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                raise ValueError("no proxy")
+            self._wants_other_protocol = True
+            return
         self._is_in_head, self._head_bytes, self._framing_bytes = False, 0, 0
         self._idle.pop(self, None)
         self._bodiless[self] = None
@@ -159,6 +190,8 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
+        if self._wants_other_protocol:
+            return
         self._disarm()
         self._bodiless.pop(self, None)
         super().on_message_complete()

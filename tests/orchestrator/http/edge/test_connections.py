@@ -259,3 +259,41 @@ def test_ten_thousand_connections_are_taken(shared_gateway: GatewayProcess) -> N
             assert server.get("/health").status == 200
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+UPGRADE = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAEAAEAAAAIAAAAB\r\n"
+POST = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n" + UPGRADE
+
+
+def statuses(server: HttpServer, *parts: bytes) -> list[int]:
+    """Send parts, and at last a request that ends the connection. Return the statuses of all answers."""
+    with connect(server) as raw:
+        for part in [*parts, REQUEST + b"connection: close\r\n\r\n"]:
+            raw.sendall(part)
+            time.sleep(0.02)  # so that each is read alone
+        received = b"".join(iter(lambda: raw.recv(65536), b""))
+    return [int(answer[:3]) for answer in received.split(b"HTTP/1.1 ")[1:]]
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("split", [False, True])
+def test_a_request_that_asks_for_another_protocol_keeps_its_body(
+    impatient: HttpServer, chunked: bool, split: bool
+) -> None:
+    body = b'{"prompt": "x", "max_tokens": 1}'
+    head = POST + (b"transfer-encoding: chunked\r\n\r\n" if chunked else b"content-length: %d\r\n\r\n" % len(body))
+    body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body) if chunked else body
+    assert statuses(impatient, *([head, body] if split else [head + body])) == [200, 200]
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_the_body_of_such_a_request_is_no_request(impatient: HttpServer, split: bool) -> None:
+    head = POST + b"content-length: %d\r\n\r\n" % len(WHOLE)
+    assert statuses(impatient, *([head, WHOLE] if split else [head + WHOLE])) == [400, 200]
+
+
+def test_what_follows_such_a_request_is_answered(impatient: HttpServer) -> None:
+    assert statuses(impatient, (REQUEST + UPGRADE + b"\r\n") * 3 + WHOLE) == [200] * 5
+    assert statuses(impatient, b"CONNECT localhost:80 HTTP/1.1\r\nhost: localhost\r\n\r\n" + WHOLE) == [400]
+    in_line = exchange(impatient, (REQUEST + UPGRADE + b"\r\n") * 2000)
+    assert 1 <= in_line.count(b"HTTP/1.1 200") <= MOST_IN_LINE + 1
