@@ -28,6 +28,10 @@ class TokenizerError(ValueError):
     """The model's tokenizer cannot be used."""
 
 
+class UnknownTokenizer(TokenizerError):
+    """The file names a tokenizer that is unknown here: its model can still be asked with token ids."""
+
+
 def build_tokenizer(metadata: Mapping[str, object]) -> Tokenizer:
     """Build the tokenizer that the metadata of a GGUF file describes. TokenizerError when it is not supported."""
     try:
@@ -50,9 +54,7 @@ def _build(metadata: Mapping[str, object]) -> Tokenizer:
     elif model == "gemma4":
         tokenizer = _sentence_piece(metadata, tokens, kinds, _listed_merges(metadata))
     else:
-        raise TokenizerError(
-            f"tokenizer model {model!r} is not supported (gpt2, llama and gemma4 are); send token ids instead"
-        )
+        raise UnknownTokenizer(f"tokenizer model {str(model)[:40]!r} is not supported (gpt2, llama and gemma4 are)")
     _add_special_tokens(tokenizer, tokens, kinds)
     _add_ends(tokenizer, metadata)
     return tokenizer
@@ -80,10 +82,7 @@ def _byte_level(metadata: Mapping[str, object], tokens: list[str]) -> Tokenizer:
     pre = _pre_tokenizer_name(metadata, tokens)
     if pre not in PRE_TOKENIZERS:
         known = ", ".join(PRE_TOKENIZERS)
-        raise TokenizerError(
-            f"pre-tokenizer {pre!r} is not supported (supported: {known}); "
-            "use the model's Hugging Face folder, which has a tokenizer.json, or send token ids"
-        )
+        raise UnknownTokenizer(f"pre-tokenizer {pre[:40]!r} is not supported (supported: {known})")
     vocabulary = {token: number for number, token in enumerate(tokens)}
     model = models.BPE(vocabulary, _listed_merges(metadata), fuse_unk=False, ignore_merges=ignores_merges(pre))
     tokenizer = Tokenizer(model)

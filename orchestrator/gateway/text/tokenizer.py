@@ -1,6 +1,7 @@
 """The model's text side: encode prompts, render chats, and look up the bytes of a token."""
 
 import json
+import logging
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
@@ -11,7 +12,12 @@ from tokenizers import Tokenizer
 from mgpu.orchestrator.gateway.text.chat_template import ChatPrompt, ChatTemplate, ChatTemplateError
 from mgpu.orchestrator.gateway.text.detokenizer import byte_level_bytes, sentence_piece_bytes
 from mgpu.orchestrator.gateway.text.generic_tools import with_generic_tools
-from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError, build_tokenizer, special_token
+from mgpu.orchestrator.gateway.text.gguf_tokenizer import (
+    TokenizerError,
+    UnknownTokenizer,
+    build_tokenizer,
+    special_token,
+)
 from mgpu.orchestrator.gateway.text.length_bound import has_nested_repeats, longest_token_bytes
 from mgpu.orchestrator.gateway.text.panics import Panic, no_panics
 from mgpu.orchestrator.gateway.text.special_tokens import add_folder_tokens
@@ -21,6 +27,8 @@ from mgpu.protocol.checkpoint.files.wrong_kind import HEAD_BYTES, wrong_kind
 from mgpu.protocol.checkpoint.gguf.tokens import end_tokens
 from mgpu.protocol.internal.worker_messages import Vocabulary
 from mgpu.protocol.model.facts import CheckpointFormat
+
+log = logging.getLogger(__name__)
 
 _SPECIAL_NAMES = ("bos", "eos", "unk", "pad")
 _MAX_FILE_BYTES = 128 << 20
@@ -158,7 +166,10 @@ def _decoder_kinds(state: object) -> set[str]:
 
 
 def load_codec(path: str, model_format: CheckpointFormat) -> TextCodec | None:
-    """Load the tokenizer beside the weights; None when the folder has none. TokenizerError when it is unusable."""
+    """Load the tokenizer beside the weights; None when there is none, or an unknown one.
+
+    TokenizerError when it is unusable.
+    """
     try:
         with no_panics(f"{path}: not a usable tokenizer"):
             return _load(path, model_format)
@@ -174,13 +185,20 @@ def _load(path: str, model_format: CheckpointFormat) -> TextCodec | None:
     return None if file is None else _from_folder(folder, file)
 
 
-def _from_gguf(path: str) -> TextCodec:
+def _from_gguf(path: str) -> TextCodec | None:
     try:
         metadata = read_gguf(path, with_arrays=True).metadata
         ends = end_tokens(Fields(path, metadata, "tokenizer.ggml."))
     except CheckpointError as error:
         raise TokenizerError(str(error)) from None
-    tokenizer = build_tokenizer(metadata)
+    try:
+        tokenizer = build_tokenizer(metadata)
+    except UnknownTokenizer as error:
+        log.warning(
+            f"{path}: {error}: only requests with prompt_ids will work; the model's Hugging Face folder, which has a "
+            "tokenizer.json, takes text"
+        )
+        return None
     keys = zip(_SPECIAL_NAMES, ("bos", "eos", "unknown", "padding"), strict=True)
     special = {f"{name}_token": special_token(metadata, key) for name, key in keys}
     template = metadata.get("tokenizer.chat_template")
