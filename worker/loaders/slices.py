@@ -86,7 +86,7 @@ class FileRows:
         where = f"tensor {self.entry.name!r} in {self.entry.file}"
         if torch.isfinite(total(self.decode(raw))):
             return CheckpointError(f"{where} does not fit {dtype}; use bfloat16 or float32")
-        return CheckpointError(f"{where} holds NaN or infinity: the file is corrupt")
+        return CheckpointError(f"{where} holds NaN or infinity: the file is corrupt; download it again")
 
 
 @dataclass(frozen=True, slots=True)

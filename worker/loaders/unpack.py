@@ -82,7 +82,7 @@ def read_order(parts: PackedParts, read: ReadBlock, columns: range) -> Tensor | 
 
 def broken(entry: TensorEntry, problem: str) -> CheckpointError:
     """Return the error for a tensor with numbers that cannot be."""
-    return CheckpointError(f"tensor {entry.name!r} in {entry.file} {problem}: the file is corrupt")
+    return CheckpointError(f"tensor {entry.name!r} in {entry.file} {problem}: the file is corrupt; download it again")
 
 
 def _is_finite(scales: Tensor) -> bool:

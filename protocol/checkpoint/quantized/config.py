@@ -11,7 +11,7 @@ from typing import Literal
 from mgpu.protocol.checkpoint.files.untrusted import CheckpointError, Fields
 
 METHODS = "fp8, fbgemm_fp8, compressed-tensors, gptq, awq, and mxfp4 of gpt-oss"
-_WAY_OUT = "use the original weights with --quant 8, 4 or fp8, or a GGUF file"
+WAY_OUT = "use the original weights with --quant 8, 4 or fp8, or a GGUF file"
 _MOST_GROUPS = 64
 _MOST_PATTERN = 300
 _MOST_REPEATS = 3
@@ -62,7 +62,7 @@ def refusal(config: Fields) -> CheckpointError:
     else:
         why = f"which is not supported; supported: {METHODS}"
     return CheckpointError(
-        f"{config.source}: the checkpoint is already quantized ({method[:40]}), {why}. Instead {_WAY_OUT}"
+        f"{config.source}: the checkpoint is already quantized ({method[:40]}), {why}. Instead {WAY_OUT}"
     )
 
 
@@ -86,7 +86,7 @@ def _block(fields: Fields, key: str) -> tuple[int, int] | None:
 def _gptq(fields: Fields) -> SchemeOf:
     version = fields.text("checkpoint_format", "gptq")
     if version not in ("gptq", "gptq_v2") or fields.boolean("is_marlin_format", False):
-        raise fields.error("checkpoint_format", f"is {version[:40]!r}; supported: gptq, gptq_v2. {_WAY_OUT}")
+        raise fields.error("checkpoint_format", f"is {version[:40]!r}; supported: gptq, gptq_v2. Instead {WAY_OUT}")
     plain = Scheme("GPTQ", "gptq", 4, has_zeros=True, zero_bias=int(version == "gptq"))
     base = _with_gptq(plain, fields, needs_bits=True)
     overrides = fields.nested("dynamic")
@@ -106,7 +106,7 @@ def _gptq(fields: Fields) -> SchemeOf:
 def _with_gptq(base: Scheme, fields: Fields, needs_bits: bool = False) -> Scheme:
     bits = fields.integer("bits", None if needs_bits else base.bits)
     if bits not in (4, 8):
-        raise fields.error("bits", f"is {bits}; supported: 4, 8. {_WAY_OUT}")
+        raise fields.error("bits", f"is {bits}; supported: 4, 8. Instead {WAY_OUT}")
     group = _group_size(fields, base.group)
     return replace(base, bits=bits, group=group, is_ordered=fields.boolean("desc_act", base.is_ordered))
 
@@ -122,12 +122,12 @@ def _group_size(fields: Fields, default: int, key: str = "group_size") -> int:
 def _awq(fields: Fields) -> SchemeOf:
     version = fields.text("version", "gemm").lower()
     if version != "gemm":
-        raise fields.error("version", f"is {version[:40]!r}; supported: gemm. {_WAY_OUT}")
+        raise fields.error("version", f"is {version[:40]!r}; supported: gemm. Instead {WAY_OUT}")
     key = "bits" if fields.has("bits") else "w_bit"
     if (bits := fields.integer(key)) != 4:
-        raise fields.error(key, f"is {bits}; supported: 4. {_WAY_OUT}")
+        raise fields.error(key, f"is {bits}; supported: 4. Instead {WAY_OUT}")
     if not fields.boolean("zero_point", True):
-        raise fields.error("zero_point", f"is false; supported: true. {_WAY_OUT}")
+        raise fields.error("zero_point", f"is false; supported: true. Instead {WAY_OUT}")
     key = "group_size" if fields.has("group_size") else "q_group_size"
     scheme = Scheme("AWQ", "awq", 4, group=_group_size(fields, 128, key), has_zeros=True)
     return lambda module: scheme
@@ -136,7 +136,7 @@ def _awq(fields: Fields) -> SchemeOf:
 def _compressed(fields: Fields) -> SchemeOf:
     sparsity = fields.nested("sparsity_config")
     if sparsity is not None and sparsity.text("format", "dense") != "dense":
-        raise sparsity.error("format", f"is {sparsity.text('format', '')[:40]!r}; supported: dense. {_WAY_OUT}")
+        raise sparsity.error("format", f"is {sparsity.text('format', '')[:40]!r}; supported: dense. Instead {WAY_OUT}")
     groups = fields.nested("config_groups")
     if groups is None:
         raise fields.error("config_groups", "is missing")
@@ -190,10 +190,12 @@ def _compressed_scheme(group: Fields, form: str) -> Scheme:
     ):  # fmt: skip
         raise weights.error(
             "type", f"is {kind[:20]!r} of {bits} bits as {form[:40]!r}; supported: int of 4 and 8 bits, float of 8, as "
-            f"{', '.join(known)}. {_WAY_OUT}"
+            f"{', '.join(known)}. Instead {WAY_OUT}"
         )  # fmt: skip
     if strategy not in ("tensor", "channel", "group", "block"):
-        raise weights.error("strategy", f"is {strategy[:40]!r}; supported: tensor, channel, group, block. {_WAY_OUT}")
+        raise weights.error(
+            "strategy", f"is {strategy[:40]!r}; supported: tensor, channel, group, block. Instead {WAY_OUT}"
+        )
     block = _block(weights, "block_structure") if strategy == "block" else None
     if strategy == "block" and block is None:
         raise weights.error("block_structure", "is missing")

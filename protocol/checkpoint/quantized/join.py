@@ -9,11 +9,11 @@ from dataclasses import replace
 
 from mgpu.protocol.checkpoint.files.tensors import PackedParts, TensorEntry
 from mgpu.protocol.checkpoint.files.untrusted import CheckpointError
-from mgpu.protocol.checkpoint.quantized.config import Scheme, SchemeOf
+from mgpu.protocol.checkpoint.quantized.config import WAY_OUT, Scheme, SchemeOf
 from mgpu.protocol.model.weight_format import WeightFormat
 
 _VALUES = {"rows": "weight", "words": "weight_packed", "gptq": "qweight", "awq": "qweight"}
-_PACKED_TYPES = {"weight": ("F8_E4M3", "F8_E5M2", "I8"), "weight_packed": ("I32",), "qweight": ("I32",)}
+_PACKED_TYPES = {"weight": ("F8_E4M3", "F8_E5M2", "I8", "U8"), "weight_packed": ("I32",), "qweight": ("I32",)}
 _COMPANIONS = (
     "weight_scale", "weight_scale_inv", "weight_zero_point", "weight_g_idx", "weight_shape", "scales", "qzeros",
     "g_idx",
@@ -46,7 +46,7 @@ def join_packed(tensors: Mapping[str, TensorEntry], scheme_of: SchemeOf) -> dict
 
 
 def _error(entry: TensorEntry, problem: str) -> CheckpointError:
-    return CheckpointError(f"{entry.file}: tensor {entry.name!r} {problem}")
+    return CheckpointError(f"{entry.file}: tensor {entry.name!r} {problem}. Download the folder again, or {WAY_OUT}")
 
 
 class _Joiner:

@@ -64,7 +64,7 @@ class LinearConstants(Module):
         """Turn rates below zero into logarithms. CheckpointError for others."""
         self.log_rate_H.neg_().log_()
         if torch.isnan(self.log_rate_H).any():
-            raise CheckpointError(f"tensor {name!r} holds a rate above zero: the file is corrupt")
+            raise CheckpointError(f"tensor {name!r} holds a rate above zero: the file is corrupt; download it again")
 
     def init_dummy(self, generator: torch.Generator) -> None:
         """Draw weights that keep the scale of their input, and rates from slow to fast."""

@@ -130,6 +130,9 @@ def test_parts_that_do_not_fit_are_refused_with_tensor_and_file(
     assert said in text
     assert DOWN in text
     assert ".safetensors" in text
+    assert text.endswith(
+        "Download the folder again, or use the original weights with --quant 8, 4 or fp8, or a GGUF file"
+    )
 
 
 @pytest.mark.parametrize(("way", "config", "said"), [
@@ -176,3 +179,14 @@ def test_packed_weights_without_a_configuration_are_refused(tmp_path: Path) -> N
     write(tmp_path, "gptq")
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_CONFIG))
     assert "is stored as I32, and no quantization_config in config.json says how" in refusal(tmp_path)
+
+
+def test_packed_weights_of_bitsandbytes_without_a_configuration_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_CONFIG))
+    shapes = expected_tensors(read_checkpoint(tmp_path, "dummy").facts)
+    outputs, inputs = shapes.pop(f"{DOWN}.weight")
+    packed = {f"{DOWN}.weight": (outputs * inputs // 2, 1), f"{DOWN}.weight.absmax": (outputs * inputs // 64,)}
+    for index, (kind, tensors) in enumerate((("F32", shapes), ("U8", packed)), 1):
+        (tmp_path / f"model-0000{index}-of-00002.safetensors").write_bytes(safetensors_bytes(tensors, kind))
+    said = refusal(tmp_path)
+    assert f"tensor '{DOWN}.weight' is stored as U8, and no quantization_config in config.json says how" in said
