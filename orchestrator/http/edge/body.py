@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from typing import NoReturn
 
 from starlette.requests import ClientDisconnect, Request
@@ -15,6 +16,9 @@ MAX_BODY_BYTES = 4 << 20
 BODY_TIMEOUT_S = 60.0
 MAX_DEPTH = 200
 """Objects and arrays in one another. How deep Python itself can read or write them depends on its version."""
+MAX_PARTS = 1 << 16
+"""Objects and arrays in all. A message of the front channel has 8192 at most. All streams wait while a body is parsed:
+half a second of CPU time for a million."""
 MAX_HELD_BYTES = 256 << 20
 """Bodies of all requests that are being read. Thousands of connections could each hold one for a minute."""
 WORTH_RELEASING_BYTES = 32 << 20
@@ -23,6 +27,8 @@ RELEASE_AFTER_S = 1.0
 _RETRY_S = 1
 _EXACT = 2.0**53
 """Below it a float holds each integer."""
+_STRING = re.compile(rb'(?s)"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)')
+"""A string in JSON, or the beginning of one that does not end. Without backtracking, so that each byte is read once."""
 
 
 class _Held:
@@ -89,6 +95,9 @@ def _too_large(size: int) -> HttpError:
 
 def parse_object(data: bytes) -> dict[str, object]:
     """Return the JSON object in ``data``. HttpError says what is wrong with it, without any of its text."""
+    most_parts = _most_parts(data)
+    if most_parts > MAX_PARTS:
+        raise bad_request(f"the body has {most_parts} objects and arrays, the limit is {MAX_PARTS}")
     try:
         value = json.loads(
             data.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_number, object_pairs_hook=_unambiguous
@@ -104,9 +113,18 @@ def parse_object(data: bytes) -> dict[str, object]:
         raise bad_request(text) from None
     if not isinstance(value, dict):
         raise bad_request(f"the body must be a JSON object, got {shown(value)}")
-    if data.count(b"[") + data.count(b"{") > MAX_DEPTH:
+    if most_parts > MAX_DEPTH:
         _check_depth(value)
     return value
+
+
+def _most_parts(data: bytes) -> int:
+    """Return how many objects and arrays a JSON text has at most; exactly how many if it could be too many."""
+    count = data.count(b"[") + data.count(b"{")
+    if count <= MAX_PARTS:
+        return count
+    outside = _STRING.sub(b"", data)
+    return outside.count(b"[") + outside.count(b"{")
 
 
 def _check_depth(value: dict[str, object]) -> None:

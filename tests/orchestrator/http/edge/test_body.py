@@ -1,6 +1,7 @@
 """The body of a request: its bounds, alone and together with others."""
 
 import asyncio
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -79,7 +80,7 @@ def test_a_body_that_does_not_come_in_time_is_a_408(monkeypatch: pytest.MonkeyPa
 )
 def test_nesting_is_bounded_whatever_python_can_do(begin: bytes, middle: bytes, end: bytes, most: int) -> None:
     assert read(b'{"x":' + begin * most + middle + end * most + b"}")
-    for deep in (most + 1, 100_000):
+    for deep in (most + 1, 30_000):
         with pytest.raises(HttpError, match="nested too deeply") as refused:
             read(b'{"x":' + begin * deep + middle + end * deep + b"}")
         assert refused.value.status == 400
@@ -93,3 +94,28 @@ def test_a_field_that_comes_twice_is_refused() -> None:
     for data in (b'{"a": 1, "a": 1}', b'{"x": [{"a": 1, "b": 2, "\\u0061": 3}]}'):
         with pytest.raises(HttpError, match="write each field once"):
             read(data)
+
+
+@pytest.mark.parametrize("text", ["{[" * 40_000, '\\"{' * 70_000, "\\\\" * 5 + "[" * 70_000])
+def test_brackets_in_a_text_are_no_objects(text: str) -> None:
+    assert read(b'{"a": "' + text.encode() + b'", "b": []}')["b"] == []
+
+
+@pytest.mark.parametrize("data", [
+    b'{"a": [' + b"{}," * 65_535 + b"[]]}",
+    b'{"a": "\\"", "b": [' + b"[]," * 65_535 + b"{}]}",
+    b'"{' * 1_000_000,
+])  # fmt: skip
+def test_a_body_of_too_many_parts_is_not_parsed(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body.json, "loads", lambda *_, **__: pytest.fail("it was parsed"))
+    with pytest.raises(HttpError, match="objects and arrays, the limit is 65536") as refused:
+        read(data)
+    assert refused.value.status == 400
+
+
+@pytest.mark.parametrize("data", [b'{"a": "' + b'\\"{' * 1_000_000, b'{"a": "' + b'\\"{' * 1_000_000 + b"\\"])
+def test_a_text_without_an_end_is_looked_at_once(data: bytes) -> None:
+    began_s = time.process_time()
+    with pytest.raises(HttpError, match="Unterminated string"):
+        read(data)
+    assert time.process_time() - began_s < 2.0, "it takes hours if each quote in it is tried as a beginning"
