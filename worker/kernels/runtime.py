@@ -58,6 +58,11 @@ def has_float8(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
 
 
+def uses_assembly(kind: str, device: torch.device) -> bool:
+    """Return whether words of a kind become float32 by instructions: GPUs before Ada have none that converts float8."""
+    return not INTERPRETED and (kind != "fp8" or has_float8(device))
+
+
 def launch_options(device: torch.device, num_warps: int, num_stages: int = 2) -> dict[str, int | bool]:
     """Return launch keywords; a kernel launched with them must call `wait_for_inputs` in every program."""
     if INTERPRETED:

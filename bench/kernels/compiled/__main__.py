@@ -24,13 +24,14 @@ from bench.options import numbers
 
 
 def record(models: str) -> list[Launch]:
-    from bench.kernels.compiled.models import MODELS, launch
+    from bench.kernels.compiled.models import CPU, MODELS, launch
     from bench.kernels.compiled.sums import launch_sums
+    from mgpu.worker.kernels.runtime import has_float8
 
     recorder = Recorder()
     recorder.start()
     for model in MODELS:
-        if models in model.name:
+        if models in model.name and (model.kept != "fp8" or has_float8(CPU)):  # plans refuse it elsewhere
             recorder.by = model.name
             launch(model)
     if not models:

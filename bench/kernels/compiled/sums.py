@@ -5,6 +5,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from mgpu.worker.kernels import runtime
 from mgpu.worker.kernels.layers.float8_quantize import empty_words
 from mgpu.worker.kernels.peers.activations import ActivationReceiver, ActivationSender, InboxShape
 from mgpu.worker.kernels.peers.all_reduce import OneShot, Residual
@@ -54,7 +55,7 @@ def _sums(ranks: int, dim: int, dtype: torch.dtype) -> None:
         for bias_D in (None, weight_D):
             add_up(part_TD, part_TD, None, bias_D)
             add_up(part_TD, part_TD, Residual(part_TD, weight_D, 1e-5), bias_D)
-        if dtype is torch.bfloat16 and dim % 128 == 0:
+        if dtype is torch.bfloat16 and dim % 128 == 0 and runtime.has_float8(part_TD.device):
             words, scale_T = empty_words(ROWS, dim, part_TD.device)
             add_up(part_TD, words, Residual(part_TD, weight_D, 1e-5), None, scale_T)
     if ranks == 2:

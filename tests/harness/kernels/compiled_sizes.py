@@ -51,7 +51,7 @@ def pretend(capability: int, shared: int) -> None:
     compile_only(capability)
     set_overlap(capability >= 90)
     told = {"shared_bytes": lambda device: shared, "has_float8": lambda device: capability >= 89}
-    for module in map(importlib.import_module, KERNEL_MODULES):
+    for module in map(importlib.import_module, (*KERNEL_MODULES, "mgpu.worker.kernels.runtime")):
         vars(module).update({name: value for name, value in told.items() if name in vars(module)})
 
 
@@ -140,8 +140,8 @@ def multiply_groups(form: WeightFormat, rows: int, outputs: int = 1024) -> None:
     quantized_matmul(torch.zeros(rows, 1024, dtype=BF16), weight)
 
 
-def multiply_experts(form: WeightFormat) -> None:
-    generator, rows, count = torch.Generator().manual_seed(0), 128, 2
+def multiply_experts(form: WeightFormat, rows: int = 128) -> None:
+    generator, count = torch.Generator().manual_seed(0), 2
     stacks = []
     for parts, inputs in (((256, 256), 256), ((256,), 256)):
         stacks.append(empty_stack(random_packed(form, parts, inputs, generator), count))
@@ -176,7 +176,8 @@ SIZES: tuple[Case, ...] = (
     (multiply_groups, (WeightFormat("4", 128, 1, 2, 1, False, "groups"), 64)),
     *((multiply_groups, (GGUF_FORMATS[kind], rows)) for kind in ("Q4_K", "Q6_K") for rows in (1, 16)),
     (multiply_groups, (WeightFormat("8", 32, 1, 2, source="groups"), 64)),
-    (multiply_experts, (GGUF_FORMATS["Q6_K"],)),
+    (multiply_groups, (GGUF_FORMATS["IQ4_NL"], 64)),
+    *((multiply_experts, (GGUF_FORMATS[kind],)) for kind in ("Q6_K", "IQ4_XS")),
     (multiply_dense_experts, (128,)),
     (route, (8, 256, torch.float32)),
     (route, (600, 512, BF16)),
@@ -186,7 +187,8 @@ FLOAT8: tuple[Case, ...] = (
     (multiply, ("fp8", 1, 1024, BF16)),
     (multiply, ("fp8", 2, 1024, torch.float16)),
     (dequantize, (WeightFormat("fp8", 128, 128, 2, source="blocks"),)),
-    (multiply_groups, (WeightFormat("fp8", 128, 128, 4, source="blocks"), 16)),
+    *((multiply_groups, (WeightFormat("fp8", 128, 128, 4, source="blocks"), rows)) for rows in (1, 16)),
+    (multiply_experts, (WeightFormat("fp8", 128, 128, 4, source="blocks"), 2)),
     (multiply_groups, (WeightFormat("4", 128, 1, 2, 1, False, "groups"), 1, 4128)),
     (multiply_groups, (GGUF_FORMATS["Q6_K"], 1, 4128)),
 )

@@ -21,10 +21,10 @@ from mgpu.worker.kernels.products.gemv import weight_rows
 from mgpu.worker.kernels.products.group_parts import RUN_KINDS, group_arguments
 from mgpu.worker.kernels.products.group_rows import load_row_words, multiply_words
 from mgpu.worker.kernels.runtime import (
-    INTERPRETED,
     ceil_div,
     launch_options,
     overlaps_launches,
+    uses_assembly,
     wait_for_inputs,
 )
 from mgpu.worker.quantization.packing import PackedWeight
@@ -108,6 +108,7 @@ def few_packed(
         first_expert, count, n, stack.k, words_per_row, *given.sizes, x.stride(0), *limits,
         experts_TA.shape[1], CLAMPED.value if gate and clamp else gate, *given.constants,
         tiling.block_n, tiling.block_w, stack.k % (codes * tiling.block_w) == 0,
-        overlaps_launches(x.device), not INTERPRETED, **launch_options(x.device, tiling.num_warps, 1),
+        overlaps_launches(x.device), uses_assembly(stack.kind, x.device),
+        **launch_options(x.device, tiling.num_warps, 1),
     )  # fmt: skip
     return out

@@ -33,11 +33,14 @@ from mgpu.worker.kernels.runtime import (
     launch_options,
     overlaps_launches,
     power_of_2,
+    shared_bytes,
     wait_for_inputs,
 )
 from mgpu.worker.quantization.packing import WORDS, PackedWeight
 
 TILING = PackedTiling(num_stages=2)
+_TABLES_BYTES = 160 << 10
+"""Shared memory that two stages take of a gated product whose codes stand for values of a table."""
 
 
 def flat_stack(stack: PackedWeight) -> PackedWeight:
@@ -176,6 +179,7 @@ def grouped_scaled(
     block_n = min(tiling.block_n if x.dtype.itemsize == 2 else 32, max(16, power_of_2(n)))
     blocks_n = ceil_div(n, block_n)
     given = group_arguments(flat)
+    stages = 1 if stack.kind == "nl4" and shared_bytes(x.device) < _TABLES_BYTES else tiling.num_stages
     limits = (0.0, 0.0) if clamp is None else (clamp.alpha, clamp.limit)
     _scaled_kernel[(len(pairs.tiles_M4) * blocks_n,)](
         x, flat.words, *given.tensors, bias_NO, out, pairs.order_P, pairs.tiles_M4, pairs.num_tiles, weights_TA,
@@ -183,6 +187,6 @@ def grouped_scaled(
         weights_TA.shape[1], CLAMPED.value if gate and clamp else gate, *given.constants,
         pairs.block_m, block_n, words_per_row % WORDS == 0, stack.k == words_per_row * 4,
         overlaps_launches(x.device), not INTERPRETED,
-        **launch_options(x.device, tiling.num_warps, tiling.num_stages),
+        **launch_options(x.device, tiling.num_warps, stages),
     )  # fmt: skip
     return out

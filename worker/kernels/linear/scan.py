@@ -22,13 +22,15 @@ from torch import Tensor
 from mgpu.worker.kernels.attention.prefill import find_row
 from mgpu.worker.kernels.linear.inputs import RuleInputs, RuleWeights, StateRows
 from mgpu.worker.kernels.linear.step import log_fading
-from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, wait_for_inputs
+from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, shared_bytes, wait_for_inputs
 
 CHUNK = 64
 _ROWS_AT_ONCE = 256
 _PRECISION = "tf32x3"
 """Of products of float32: three of tf32, which lose the last two bits or so. GPUs have no others in their tensor cores,
 and a program of single multiplications took minutes to compile for heads of 128."""
+_FLOATS_BYTES = 128 << 10
+"""Shared memory that a chunk of heads of 128 takes in float32."""
 _VALUES = 32
 """Values of a head that one program goes through a row with."""
 
@@ -183,10 +185,12 @@ def rule_scan(
     sums_TH = torch.empty((tokens, heads), dtype=torch.float32, device=device)
     rule_THV = torch.empty_like(u_THV)
     overlap, shared = overlaps_launches(device), heads // keys
-    _prepare_kernel[(ceil_div(tokens, CHUNK) + num_rows, heads)](
+    is_tight = dtype.itemsize > 2 and shared_bytes(device) < _FLOATS_BYTES
+    chunk = CHUNK // 2 if is_tight else CHUNK
+    _prepare_kernel[(ceil_div(tokens, chunk) + num_rows, heads)](
         mixed_TC, inputs.rates_T2H, weights.bias_H, weights.log_rate_H, starts, u_THV, w_THK, sums_TH, num_rows,
         mixed_TC.stride(0), inputs.rates_T2H.stride(0), heads, keys,
-        shared, key_dim, value_dim, CHUNK, _ROWS_AT_ONCE, _PRECISION, overlap,
+        shared, key_dim, value_dim, chunk, _ROWS_AT_ONCE, _PRECISION, overlap,
         **launch_options(device, 4),
     )  # fmt: skip
     values = min(_VALUES, value_dim)
@@ -194,7 +198,7 @@ def rule_scan(
     _scan_kernel[(heads, value_dim // values, num_rows)](
         mixed_TC, u_THV, w_THK, sums_TH, state_NHKV, rule_THV, rows.rows_R, rows.lens_R, starts,
         mixed_TC.stride(0), state_NHKV.stride(0), heads, keys, key_dim**-0.5,
-        shared, key_dim, value_dim, values, CHUNK, _PRECISION, overlap,
+        shared, key_dim, value_dim, values, chunk, _PRECISION, overlap,
         **launch_options(device, 4, stages),
     )  # fmt: skip
     block = max(1, 1024 // value_dim)

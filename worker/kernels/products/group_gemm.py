@@ -142,7 +142,10 @@ def choose_tiling(
     inputs = 256 if weight.kind in RUN_KINDS else 128
     step = dtype.itemsize * inputs * tiling.block_m(rows) + 6 * tiling.block_n * 32
     held = (dtype.itemsize * 32 + 64) * tiling.block_n * (1 if dtype.itemsize == 2 else inputs // 32)
-    return replace(tiling, num_stages=max(1, min(tiling.num_stages, (shared - held) // step)))
+    most = (shared - held) // step
+    if weight.kind == "nl4":  # what codes stand for comes through shared memory, for all stages but one
+        most = 1 + (shared - held) // (step + 4 * 256 * tiling.block_n)
+    return replace(tiling, num_stages=max(1, min(tiling.num_stages, most)))
 
 
 def _fastest_tiling(weight: PackedWeight, rows: int) -> Tiling:

@@ -14,7 +14,7 @@ from mgpu.protocol.model.facts import Activation
 from mgpu.worker.kernels.products.gemv import GATES, store_outputs, weight_rows
 from mgpu.worker.kernels.products.group_parts import RUN_KINDS, group_arguments
 from mgpu.worker.kernels.products.group_rows import load_row_words, multiply_words
-from mgpu.worker.kernels.runtime import INTERPRETED, ceil_div, launch_options, overlaps_launches, wait_for_inputs
+from mgpu.worker.kernels.runtime import ceil_div, launch_options, overlaps_launches, uses_assembly, wait_for_inputs
 from mgpu.worker.quantization.packing import PackedWeight
 
 
@@ -77,6 +77,7 @@ def group_gemv(
         x_1K, weight.words, *given.tensors, bias_N, out_1N, n, k, words_per_row, *given.sizes,
         *given.constants,
         GATES[gate], tiling.block_n, tiling.block_w, k % (codes * tiling.block_w) == 0,
-        overlaps_launches(x_1K.device), not INTERPRETED, **launch_options(x_1K.device, tiling.num_warps, 1),
+        overlaps_launches(x_1K.device), uses_assembly(weight.kind, x_1K.device),
+        **launch_options(x_1K.device, tiling.num_warps, 1),
     )  # fmt: skip
     return out_1N

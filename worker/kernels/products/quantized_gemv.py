@@ -19,11 +19,10 @@ from mgpu.protocol.model.facts import Activation
 from mgpu.worker.kernels.products.gemv import GATES, store_outputs, weight_rows
 from mgpu.worker.kernels.products.widen import INT4_BIAS, KINDS, split_scales, widen_to_floats
 from mgpu.worker.kernels.runtime import (
-    INTERPRETED,
     ceil_div,
-    has_float8,
     launch_options,
     overlaps_launches,
+    uses_assembly,
     wait_for_inputs,
 )
 from mgpu.worker.quantization.packing import WORDS, PackedWeight
@@ -160,12 +159,11 @@ def quantized_gemv(
     even = k == words_per_row * (8 if is_int4 else 4) and words_per_row % tiling.block_w == 0
     kernel = _int4_gemv_kernel if is_int4 else _quantized_gemv_kernel
     form = (weight.group,) if is_int4 else (KINDS[weight.kind], tiling.ahead)
-    has_conversion = weight.kind != "fp8" or has_float8(x_1K.device)
     kernel[(ceil_div(outputs, tiling.block_n),)](
         x_1K, weight.words, weight.scales, bias_N, out_1N, n, k, words_per_row,
         *form,
         GATES[gate], tiling.block_n, max(tiling.block_w, WORDS), even,
-        overlaps_launches(x_1K.device), not INTERPRETED and has_conversion,
+        overlaps_launches(x_1K.device), uses_assembly(weight.kind, x_1K.device),
         **launch_options(x_1K.device, tiling.num_warps, 1),
     )  # fmt: skip
     return out_1N

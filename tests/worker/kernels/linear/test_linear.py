@@ -17,6 +17,7 @@ from mgpu.protocol.model.attention_facts import LinearFacts
 from mgpu.worker.attention import rule_check
 from mgpu.worker.attention.rule_check import rule_problem
 from mgpu.worker.kernels.linear import rule
+from mgpu.worker.kernels.linear import scan as scan_module
 from mgpu.worker.kernels.linear.convolve import convolve_decoding, convolve_prompts, empty_outputs
 from mgpu.worker.kernels.linear.inputs import RuleInputs, RuleWeights, StateRows, owners_of
 from mgpu.worker.kernels.linear.project import project_and_convolve
@@ -107,8 +108,18 @@ def test_a_single_row_is_projected_and_convolved_at_once(
     assert context or torch.equal(case.tail[4], tail[4])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
-def test_prompts_equal_the_rule(device: torch.device, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "shared"),
+    [
+        (torch.float32, 227 << 10),
+        (torch.float32, 99 << 10),
+        pytest.param(torch.bfloat16, 227 << 10, marks=pytest.mark.gpu),
+    ],
+)
+def test_prompts_equal_the_rule(
+    device: torch.device, dtype: torch.dtype, shared: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scan_module, "shared_bytes", lambda device: shared)
     """Behind two tokens of rows that decode: a new prompt of two chunks, three tokens more, two tokens, and padding."""
     if device.type == "cpu" and dtype == torch.bfloat16:
         pytest.skip("the interpreter is slow, and has no bfloat16 of its own")
