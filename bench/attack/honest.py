@@ -3,9 +3,10 @@
 import statistics
 import threading
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from bench.attack.victim import Victim
+from bench.attack.speakers import Speaker
 from bench.chaos.load import Job
 
 PROBE_PAUSE_S = 0.2
@@ -38,8 +39,8 @@ class Window:
 class Honest:
     """``count`` streams without end and one prober; `watch` says what they see in the next seconds."""
 
-    def __init__(self, victim: Victim, expected: dict[Job, tuple[int, ...]], count: int) -> None:
-        self._victim = victim
+    def __init__(self, connect: Callable[[], Speaker], expected: Mapping[Job, object], count: int) -> None:
+        self._connect = connect
         self._expected = expected
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -92,17 +93,13 @@ class Honest:
 
     def _stream(self, number: int) -> None:
         jobs = list(self._expected)
-        with self._victim.client() as client:
+        with self._connect() as speaker:
             turn = number
             while not self._stop.is_set():
                 job = jobs[turn % len(jobs)]
                 turn += 1
-                found: list[int] = []
                 try:
-                    for piece in client.stream(job.prompt, **job.options()):  # type: ignore[arg-type]
-                        found += piece.token_ids
-                        with self._lock:
-                            self._window.tokens += len(piece.token_ids)
+                    found = speaker.answer(job, self._note_tokens)
                 except Exception as error:  # whatever it is, it is what this program is looking for
                     if self._stop.is_set():
                         return
@@ -110,8 +107,12 @@ class Honest:
                     time.sleep(0.5)
                     continue
                 self.finished += 1
-                if tuple(found) != self._expected[job]:
+                if found != self._expected[job]:
                     self._note("different", f"stream {number}: job {job.number} gave other tokens")
+
+    def _note_tokens(self, count: int) -> None:
+        with self._lock:
+            self._window.tokens += count
 
     def _note(self, what: str, problem: str) -> None:
         with self._lock:
@@ -119,12 +120,11 @@ class Honest:
             self._window.problems.append(problem)
 
     def _probe(self, _number: int) -> None:
-        with self._victim.client() as client:
+        with self._connect() as speaker:
             while not self._stop.wait(PROBE_PAUSE_S):
                 began_s = time.monotonic()
                 try:
-                    for _piece in client.stream_chat([{"role": "user", "content": "Hello!"}], max_tokens=1):
-                        break
+                    speaker.greet()
                 except Exception as error:  # as above
                     if self._stop.is_set():
                         return

@@ -88,8 +88,8 @@ def run(transport: Transport, sessions: int, options: argparse.Namespace) -> Row
     cores = sorted(os.sched_getaffinity(0))
     ours, theirs = (set(cores[:-1]), {cores[-1]}) if len(cores) > 1 else (set(cores), set(cores))
     with Victim(options.model, transport, ours, hostile_keys=NUM_KEYS) as victim:
-        expected = undisturbed(victim, options.streams)
-        with Honest(victim, expected, options.streams) as honest:
+        expected = undisturbed(victim.client, options.streams)
+        with Honest(victim.client, expected, options.streams) as honest:
             os.sched_setaffinity(0, ours)
             honest.watch(options.settle_s)
             held, began_s = victim.footprint(), time.monotonic()

@@ -84,13 +84,29 @@ class Attacker:
 
     @contextmanager
     def raw(self) -> Iterator[socket.socket]:
-        """Open a plain socket to the front channel, for bytes that no library would send."""
-        family = socket.AF_UNIX if self.endpoint.startswith("ipc://") else socket.AF_INET
-        with socket.socket(family) as found:
+        """Open a plain socket to the server, for bytes that no library would send."""
+        with self.open() as found:
+            yield found
+
+    def open(self, receive_bytes: int = 0) -> socket.socket:
+        """Return a plain socket to the server. The caller closes it."""
+        found = socket.socket(socket.AF_UNIX if self.endpoint.startswith("ipc://") else socket.AF_INET)
+        try:
+            if receive_bytes:
+                found.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
             found.settimeout(5.0)
             found.connect(address_of(self.endpoint))
-            self.cost.connections += 1
-            yield found
+        except BaseException:
+            found.close()
+            raise
+        self.cost.connections += 1
+        return found
+
+    @property
+    def secret(self) -> str:
+        """Return the API key; for attacks on HTTP."""
+        assert self.key_file is not None
+        return self.key_file.read_text().strip()
 
     def write(self, peer: socket.socket, data: bytes) -> None:
         peer.sendall(data)

@@ -1,4 +1,4 @@
-"""Servers that an attack needs: with few descriptors, or with a model whose tokenizer can be made to panic."""
+"""Servers that an attack needs: with few descriptors, with HTTP, or with a tokenizer that can be made to panic."""
 
 import json
 from dataclasses import dataclass
@@ -17,10 +17,13 @@ class Situation:
     """Regular expression by which the model's tokenizer cuts a text; empty: the ordinary model."""
     lacks_token: bool = False
     """True: the tokenizer names a special token that it lacks."""
+    http: bool = False
+    """True: it serves HTTP, with API keys, and half of the honest streams and a prober are there."""
 
 
 ORDINARY = Situation()
 FEW_DESCRIPTORS = Situation(open_files=256)
+WITH_HTTP = Situation(http=True)
 SLOW_EXPRESSION = Situation(split="(a+)+b|.")
 LOST_TOKEN = Situation(split=".", lacks_token=True)
 

@@ -2,20 +2,23 @@
 
 import os
 import resource
+import secrets
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 import psutil
 
 from bench.attack import small_model
 from bench.attack.situations import ORDINARY, Situation, make_model
+from bench.attack.speakers import TIMEOUT_S, FrontSpeaker, HttpSpeaker, Speaker
 from bench.chaos.load import Job, make_jobs
 from bench.waiting import wait_until
-from mgpu import Client
 from mgpu.launch.commands.install.keygen import make_client, make_server
 from mgpu.launch.server_process import ServerProcess
 
@@ -29,7 +32,7 @@ ANSWER_S = 90.0
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a server holds: its parent and its gateway together."""
+    """What a server holds: its parent, its gateway and its HTTP process together."""
 
     rss_bytes: int
     descriptors: int
@@ -51,6 +54,7 @@ class Victim:
         self._situation = situation
         self._clients = [HONEST, *(f"{HOSTILE}{number}" for number in range(hostile_keys))]
         self.endpoint = ""
+        self._api_keys: dict[str, str] = {}
 
     def __enter__(self) -> "Victim":
         options = [
@@ -66,6 +70,8 @@ class Victim:
         ]
         if self._transport == "tcp":
             options += ["--bind", "tcp://127.0.0.1:0", "--keys", str(self._make_keys())]
+        if self._situation.http:
+            options += ["--http", "127.0.0.1:0", "--http-keys", str(self._make_api_keys())]
         self.log = Path(self._folder.name) / "log"
         self.server = ServerProcess(*options, log=self.log)
         os.sched_setaffinity(self.server.process.pid, self._cores)
@@ -92,13 +98,35 @@ class Victim:
             make_client(keys, client)
         return keys
 
+    def _make_api_keys(self) -> Path:
+        self._api_keys = {client: f"sk-{secrets.token_hex(16)}" for client in self._clients}
+        file = Path(self._folder.name) / "api-keys"
+        file.touch(mode=0o600)
+        file.write_text("".join(f"{name} {key}\n" for name, key in self._api_keys.items()))
+        for name, key in self._api_keys.items():
+            (Path(self._folder.name) / f"{name}.api").write_text(key)
+        return file
+
     def key_file(self, name: str) -> Path | None:
+        """Return the file of a client's key for the front channel; None on ipc."""
         if self._transport == "ipc":
             return None
         return next(Path(self._folder.name).rglob(f"{name}.client"))
 
-    def client(self) -> Client:
-        return Client(self.endpoint, keys=self.key_file(HONEST), silence_timeout_s=60.0)
+    def target(self, name: str) -> tuple[str, Path | None]:
+        """Return what an attacker of that name attacks, and the file of its key: the front channel, or HTTP."""
+        if self._situation.http:
+            address = urlsplit(self.server.http_url()).netloc
+            return f"tcp://{address}", Path(self._folder.name) / f"{name}.api"
+        return self.endpoint, self.key_file(name)
+
+    def client(self) -> FrontSpeaker:
+        return FrontSpeaker(self.endpoint, keys=self.key_file(HONEST), silence_timeout_s=TIMEOUT_S)
+
+    def speakers(self) -> list[Callable[[], Speaker]]:
+        """Return how honest clients speak to this server: on the front channel, and where it has HTTP there too."""
+        http = [lambda: HttpSpeaker(self.server.http_url(), self._api_keys[HONEST])] if self._situation.http else []
+        return [self.client, *http]
 
     @property
     def lives(self) -> bool:
@@ -106,11 +134,16 @@ class Victim:
 
     @property
     def gateway(self) -> psutil.Process:
+        return self._child("mgpu.orchestrator.gateway")
+
+    def _child(self, module: str) -> psutil.Process:
         parent = psutil.Process(self.server.process.pid)
-        return next(child for child in parent.children() if "mgpu.orchestrator.gateway" in child.cmdline())
+        return next(child for child in parent.children() if module in child.cmdline())
 
     def footprint(self) -> Footprint:
         processes = [psutil.Process(self.server.process.pid), self.gateway]
+        if self._situation.http:
+            processes.append(self._child("mgpu.orchestrator.http"))
         return Footprint(
             sum(process.memory_info().rss for process in processes),
             sum(process.num_fds() for process in processes),
@@ -143,8 +176,7 @@ class Victim:
             time.sleep(0.2)
 
 
-def undisturbed(victim: Victim, count: int) -> dict[Job, tuple[int, ...]]:
-    """Return ``count`` requests with the tokens that each gets when nothing else goes on."""
-    with victim.client() as client:
-        jobs = make_jobs(count, 24)
-        return {job: client.generate(job.prompt, **job.options()).token_ids for job in jobs}  # type: ignore[arg-type]
+def undisturbed(connect: Callable[[], Speaker], count: int) -> dict[Job, object]:
+    """Return ``count`` requests with the answer that each gets when nothing else goes on."""
+    with connect() as speaker:
+        return {job: speaker.answer(job, lambda _count: None) for job in make_jobs(count, 24)}

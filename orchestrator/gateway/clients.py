@@ -156,7 +156,8 @@ class Clients:
         connection, account = received.connection, received.account
         message = scope_to_key(parse_client_message(self._model.with_defaults(data)), received.identity)
         if isinstance(message, Generate):
-            received = received._replace(client=self._front.access.client_of(message.account, received.identity))
+            client = self._front.access.client_of(message.account, received.identity, received.owner)
+            received = received._replace(client=client)
             self._prompts.encode(self._requests.begin(received, message), self._model.codec)
         elif isinstance(message, (Tokenize, Detokenize)):
             self._prompts.encode(self._requests.begin(received, as_request(message), message), self._model.codec)

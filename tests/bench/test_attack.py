@@ -49,6 +49,17 @@ def test_attacks_cost_no_stream_a_token(options: argparse.Namespace) -> None:
 
 
 @pytest.mark.timeout(240)
+def test_attacks_over_http_cost_no_stream_a_token_there_or_on_the_front_channel(options: argparse.Namespace) -> None:
+    options = argparse.Namespace(**vars(options) | {"only": ["http-malformed", "http-abandoned-streams"]})
+    rows = list(run_attacks("ipc", options))  # type: ignore[arg-type]
+    assert [row.attack for row in rows] == options.only
+    for row in rows:
+        assert (row.lost, row.different, row.counted_restarts) == (0, 0, 0), row.problems
+        assert row.cost["nbytes"] > 100, "nothing was attacked"
+        assert row.rate_ratio > 0, "of the streams over HTTP too"
+
+
+@pytest.mark.timeout(240)
 def test_hundreds_of_hostile_sessions_cost_no_stream_a_token(options: argparse.Namespace) -> None:
     row = hostile.run("ipc", 200, options)  # type: ignore[arg-type]
     assert (row.lost, row.different, row.never_ended, row.counted_restarts) == (0, 0, 0, 0), row.problems
@@ -62,7 +73,7 @@ def test_hundreds_of_hostile_sessions_cost_no_stream_a_token(options: argparse.N
 def test_a_situation_has_what_its_attack_needs(name: str, tmp_path: Path) -> None:
     situation = situation_of(name)
     if not situation.split:
-        assert situation.open_files
+        assert situation.open_files or situation.http
         return
     codec = load_codec(str(make_model(tmp_path / "model", situation)), "safetensors")
     assert codec is not None

@@ -11,10 +11,11 @@ import logging
 import os
 from collections.abc import Collection
 from dataclasses import replace
+from pathlib import Path
 
 import zmq
 
-from mgpu.orchestrator.gateway.front.account import KEY_PREFIX, NAMED_PREFIX
+from mgpu.orchestrator.gateway.front.account import HTTP_PREFIX, KEY_PREFIX, NAMED_PREFIX
 from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.orchestrator.gateway.front.strikes import ShutOut
 from mgpu.orchestrator.gateway.front.transport.descriptors import PROCESS
@@ -93,15 +94,19 @@ class AccessControl:
         if self._client_keys is not None and identity.startswith(KEY_PREFIX) and identity not in self._identities:
             raise Refusal("not_allowed", "this client's key is no longer on the server's list")
 
-    def client_of(self, account: str, identity: str) -> str:
+    def client_of(self, account: str, identity: str, owner: str = "") -> str:
         """Return whose request a message is if it names an ``account``; else nothing.
 
-        A peer without a key may make as many connections, and so accounts, as it likes, all within its own share: it
-        may name clients too. A client's key may not, since it would escape its limits. Refusal.
+        The server's own HTTP process is believed: it has checked who its clients are. A peer without a key may make as
+        many connections, and so accounts, as it likes, all within its own share: it may name clients too. A client's
+        key may not, since it would escape its limits. Refusal.
         """
         if not account:
             return ""
-        if identity.startswith(KEY_PREFIX) and identity not in map(_identity_of_key, self._own_keys):
+        has_key = identity.startswith(KEY_PREFIX)
+        if identity in map(_identity_of_key, self._own_keys) or (not has_key and _is_of_our_parent(owner)):
+            return HTTP_PREFIX + account
+        if has_key:
             raise Refusal("bad_request", "account is for connections without a key: a key is an account of its own")
         return NAMED_PREFIX + account
 
@@ -117,6 +122,17 @@ def origin_of(address: str) -> str:
 def owner_of(identity: str, origin: str) -> str:
     """Return who is held responsible for a connection."""
     return identity if identity.startswith(KEY_PREFIX) else origin
+
+
+def _is_of_our_parent(owner: str) -> bool:
+    """Return whether a process was started by the server that started this one: of those, its HTTP process connects."""
+    if not owner.startswith(PROCESS):
+        return False
+    try:
+        stat = Path("/proc", owner.removeprefix(PROCESS), "stat").read_text(encoding="latin-1")
+    except OSError:  # it has ended
+        return False
+    return int(stat.rpartition(") ")[2].split()[1]) == os.getppid()
 
 
 def scope_to_key(message: ClientMessage, identity: str) -> ClientMessage:

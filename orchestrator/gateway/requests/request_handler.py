@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Sequence
 
+from mgpu.orchestrator.gateway.front.account import NAMED_PREFIX
 from mgpu.orchestrator.gateway.front.refusal import RETRY_AFTER_S, Refusal
 from mgpu.orchestrator.gateway.front.socket import Received
 from mgpu.orchestrator.gateway.requests.admission import ServedModel, admit, check_length, longest_prompt
@@ -123,7 +124,8 @@ class RequestHandler:
         """Return number and weight of each part of the account, the owner first."""
         owner, *parts = request.account.path
         weight_of = self._quota.limits.weight_of
-        weights = [weight_of(request.identity), *map(weight_of, parts)]
+        named = owner if owner.startswith(NAMED_PREFIX) else request.identity
+        weights = [weight_of(named), *map(weight_of, parts)]
         return [(account_number(name), weight) for name, weight in zip((owner, *parts), weights, strict=True)]
 
     def reply(self, request: Request, message: Tokenized | Detokenized) -> None:

@@ -21,6 +21,8 @@ MAX_PARTS = 1 << 16
 half a second of CPU time for a million."""
 MAX_HELD_BYTES = 256 << 20
 """Bodies of all requests that are being read. Thousands of connections could each hold one for a minute."""
+LARGE_BYTES = 64 << 10
+"""What is longer takes more than a millisecond to parse."""
 WORTH_RELEASING_BYTES = 32 << 20
 RELEASE_AFTER_S = 1.0
 """The buffers of connections that end now are free by then."""
@@ -40,12 +42,22 @@ class _Held:
 
 
 async def read_object(request: Request) -> dict[str, object]:
-    """Return the body. HttpError for another type, too many bytes, or what is no JSON object."""
+    """Return the body. HttpError for another type, too many bytes, or what is no JSON object.
+
+    A large one waits for its turn before it is parsed, and counts to the bytes that are being read meanwhile.
+    """
     _check_type(request.headers.get("content-type", ""))
     if (coding := request.headers.get("content-encoding", "identity").lower()) != "identity":
         text = f"content-encoding is {coding[:60]!a}; send the body as it is"
         raise HttpError(415, text, code="unsupported_media_type")
-    return parse_object(await _read(request))
+    data = bytearray()
+    try:
+        await _read(request, data)
+        if len(data) > LARGE_BYTES:
+            await request.scope["state"]["wait_turn"]()
+        return parse_object(bytes(data))
+    finally:
+        _forget(len(data))
 
 
 def _check_type(written: str) -> None:
@@ -58,11 +70,10 @@ def _check_type(written: str) -> None:
         )  # fmt: skip
 
 
-async def _read(request: Request) -> bytes:
+async def _read(request: Request, data: bytearray) -> None:
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
         raise _too_large(int(length[:20]))
-    data = bytearray()
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             async for chunk in request.stream():
@@ -75,13 +86,15 @@ async def _read(request: Request) -> bytes:
     except TimeoutError:
         text = f"the body did not arrive within {BODY_TIMEOUT_S:g} s"
         raise HttpError(408, text, "timeout_error", "body_timeout", headers={"connection": "close"}) from None
-    finally:
-        _Held.nbytes -= len(data)
-        _Held.freed += len(data)
-        if _Held.freed >= WORTH_RELEASING_BYTES:
-            _Held.freed = 0
-            asyncio.get_running_loop().call_later(RELEASE_AFTER_S, release_free_memory)
-    return bytes(data)
+
+
+def _forget(nbytes: int) -> None:
+    """Count a body no more, and return the memory of many to the system."""
+    _Held.nbytes -= nbytes
+    _Held.freed += nbytes
+    if _Held.freed >= WORTH_RELEASING_BYTES:
+        _Held.freed = 0
+        asyncio.get_running_loop().call_later(RELEASE_AFTER_S, release_free_memory)
 
 
 def _too_many() -> HttpError:

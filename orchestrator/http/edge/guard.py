@@ -1,10 +1,11 @@
-"""What every request passes first: a request id, the check of browsers, and that of API keys."""
+"""What every request passes first: a request id, the check of browsers, that of API keys, and its turn of the loop."""
 
 import contextlib
 import hmac
 import re
 import secrets
 from collections.abc import Iterable, Sequence
+from functools import partial
 from hashlib import sha256
 from urllib.parse import urlsplit
 
@@ -13,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mgpu.orchestrator.http.edge.errors import ANTHROPIC_PATH, HttpError
 from mgpu.orchestrator.http.edge.hosts import Hosts
+from mgpu.orchestrator.http.edge.loop_turns import LoopTurns, TurnPath, metered
 from mgpu.protocol.internal.http_spec import ApiKey
 
 PAGE_PREFIX = "/page/"
@@ -47,6 +49,7 @@ class Guard:
         self._api_keys = api_keys
         self._cors = frozenset(cors)
         self._hosts = hosts
+        self._turns = LoopTurns()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -69,9 +72,15 @@ class Guard:
             self._check_origin(headers)
             scope["state"]["account"], scope["state"]["has_key"] = self._account(scope, headers, request_id)
         except HttpError as error:
+            await self._turns.begin(_address_of(scope))
             await error.response(scope["path"])(scope, receive, send_with_id)
             return
-        await self._app(scope, receive, send_with_id)
+        path = _address_of(scope)
+        if scope["state"]["has_key"]:
+            path = (f"key {scope['state']['account']}", "")
+        await self._turns.begin(path)
+        scope["state"]["wait_turn"] = partial(self._turns.wait, path)
+        await metered(self._app(scope, receive, send_with_id), partial(self._turns.charge, path[0]))
 
     def _check_origin(self, headers: Headers) -> None:
         """Refuse pages of other sites: a browser on this machine can reach what is closed to the network.
@@ -104,6 +113,12 @@ class Guard:
                 401, what, "authentication_error", "invalid_api_key", headers={"www-authenticate": "Bearer"}
             )
         return name, True
+
+
+def _address_of(scope: Scope) -> TurnPath:
+    """Return the address of a client and its connection. All clients of a unix socket are one."""
+    address, port = scope.get("client") or ("unix", "")
+    return f"address {address}", str(port)
 
 
 def _netloc(origin: str) -> str | None:

@@ -1,10 +1,13 @@
 """Who may connect to the front channel, and as whom."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
+import zmq
 
-from mgpu.orchestrator.gateway.front.access import DOMAIN, _describe, identify
+from mgpu.orchestrator.gateway.front.access import DOMAIN, AccessControl, _describe, identify
+from mgpu.orchestrator.gateway.front.refusal import Refusal
 from mgpu.protocol.keys import fingerprint
 
 ALICE, MALLORY = b"a" * 32, b"m" * 32
@@ -51,6 +54,30 @@ def test_with_keys_nobody_else_may_not_even_from_the_loopback(asked: list[bytes]
 
 def test_keys_do_not_close_ipc_to_the_own_user() -> None:
     assert identify(question(f"localhost:{os.getuid()}:0:1"), {ALICE}) == f"uid:{os.getuid()}"
+
+
+@pytest.fixture
+def access() -> Iterator[AccessControl]:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    control = AccessControl(context, {ALICE}, own_key=MALLORY)
+    yield control
+    control.close()
+    context.term()
+
+
+def test_the_clients_that_the_own_http_process_names_are_believed(access: AccessControl) -> None:
+    """It has the key that was made for it; on ipc it is a child of the parent of this process, as this process is."""
+    own_key = f"key:{fingerprint(MALLORY)}"
+    assert access.client_of("alice", own_key, own_key) == "http:alice"
+    assert access.client_of("alice", "uid:0", f"pid:{os.getpid()}") == "http:alice"
+    assert access.client_of("", own_key, own_key) == ""
+
+
+@pytest.mark.parametrize("owner", ["pid:1", "pid:0", "pid:999999999", "127.0.0.1", ""])
+def test_the_clients_that_others_name_are_parts_of_their_share(access: AccessControl, owner: str) -> None:
+    assert access.client_of("http:alice", "", owner) == "client:http:alice"
+    with pytest.raises(Refusal, match="a key is an account of its own"):
+        access.client_of("alice", f"key:{fingerprint(ALICE)}", owner)
 
 
 @pytest.mark.parametrize(("asked", "words"), [

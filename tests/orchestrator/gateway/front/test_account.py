@@ -28,6 +28,16 @@ def test_connections_and_named_clients_are_parts_of_their_owner(identity: str, o
     assert accounts[2] != account_of(identity, A, "pid:18", "client:alice")
 
 
+def test_a_client_of_the_own_http_process_is_an_owner_with_all_its_connections() -> None:
+    alice = account_of("uid:0", A, "pid:17", "http:alice")
+    assert alice == account_of("uid:0", B, "pid:18", "http:alice")
+    assert (alice.owner, alice.name) == ("client:alice", "client:alice")
+    first, second = (account_of("uid:0", A, "pid:17", f"http:http 10.0.0.7/{port}") for port in (4711, 4712))
+    assert first != second
+    assert first.path[:2] == second.path[:2] == ("client:http 10.0.0.7",) * 2
+    assert account_of("uid:0", A, "pid:17", "client:http:alice").owner == "pid:17", "another process only says so"
+
+
 def test_what_follows_a_slash_is_a_part_of_what_stands_before_it() -> None:
     alice, batch = Account("pid:1", "client:alice"), Account("pid:1", "client:alice/batch/night")
     assert alice.path[:2] == batch.path[:2] == ("pid:1", "client:alice")

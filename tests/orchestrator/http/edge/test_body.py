@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,7 +19,8 @@ def request_of(pieces: Iterator[bytes], *more: tuple[bytes, bytes]) -> Request:
         return {"type": "http.request", "body": piece or b"", "more_body": piece is not None}
 
     headers = [(b"content-type", b"application/json"), *more]
-    return Request({"type": "http", "method": "POST", "path": "/", "headers": headers, "query_string": b""}, receive)
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": headers, "query_string": b""}
+    return Request(scope | {"state": {"wait_turn": partial(asyncio.sleep, 0)}}, receive)
 
 
 def read(*pieces: bytes) -> dict[str, object]:
@@ -119,3 +121,17 @@ def test_a_text_without_an_end_is_looked_at_once(data: bytes) -> None:
     with pytest.raises(HttpError, match="Unterminated string"):
         read(data)
     assert time.process_time() - began_s < 2.0, "it takes hours if each quote in it is tried as a beginning"
+
+
+def test_a_large_body_waits_for_its_turn_and_counts_meanwhile() -> None:
+    held: list[int] = []
+
+    async def wait_turn() -> None:
+        held.append(body._Held.nbytes)
+
+    for size in (100, body.LARGE_BYTES + 100):
+        request = request_of(iter((b'{"a": 1}' + b" " * size,)))
+        request.scope["state"] = {"wait_turn": wait_turn}
+        assert asyncio.run(body.read_object(request)) == {"a": 1}
+    assert held == [body.LARGE_BYTES + 108]
+    assert body._Held.nbytes == 0
