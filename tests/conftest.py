@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -12,6 +13,11 @@ IGNORED = "PYTEST_IGNORED_SIGNALS"
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")))
 )
+
+# Tests start hundreds of Python processes. Containers often ask Python to keep no bytecode; then each process, and each
+# run of pytest, would compile all sources again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # Tests run side by side: a thread of torch that waits by spinning would take another test's core.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
