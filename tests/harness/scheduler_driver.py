@@ -5,7 +5,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable
 
-from harness.servers.fake_model import FakeModel
+from harness.servers.fake_model import FakeModel, solo_tokens
 from mgpu.orchestrator.scheduler.limits import Limits
 from mgpu.orchestrator.scheduler.scheduler import Scheduler
 from mgpu.protocol.internal.gateway_messages import Submit
@@ -115,6 +115,22 @@ class Harness:
                 self.scheduler.check_integrity()
                 return
         raise AssertionError(f"no end after {max_steps} steps")
+
+    def answer(self, sequence_id: int, prompt: list[int], max_tokens: int = 4) -> list[int]:
+        """Run one sequence to its end; return its tokens, which are those that it has alone."""
+        self.submit(sequence_id, prompt, max_tokens)
+        self.run()
+        self.scheduler.check_integrity()
+        assert self.tokens[sequence_id] == solo_tokens(prompt, max_tokens)
+        return self.tokens[sequence_id]
+
+    def answer_choices(self) -> None:
+        """Run three choices of one prompt at once: the prompt is computed once, and each has its own tokens."""
+        for sequence_id in range(3):
+            self.submit(sequence_id, prompt_of(1, 22), 8)
+        self.run()
+        assert self.cached == {0: 0, 1: 20, 2: 20}
+        assert all(tokens == solo_tokens(prompt_of(1, 22), 8) for tokens in self.tokens.values())
 
 
 def prompt_of(seed: int, length: int) -> list[int]:

@@ -14,14 +14,6 @@ def harness_of(num_pages: int = 16, window: int = 8, in_chunks: bool = False, **
     return Harness(num_pages=num_pages, sight=(window, in_chunks), num_blocks=256, max_seq_len=1024, **changes)
 
 
-def run(harness: Harness, sequence_id: int, prompt: list[int], max_tokens: int = 4) -> list[int]:
-    harness.submit(sequence_id, prompt, max_tokens)
-    harness.run()
-    harness.scheduler.check_integrity()
-    assert harness.tokens[sequence_id] == solo_tokens(prompt, max_tokens)
-    return harness.tokens[sequence_id]
-
-
 def most_held(harness: Harness, prompt: list[int], max_tokens: int) -> int:
     """Return the most pages that one request holds while it decodes."""
     held = []
@@ -43,33 +35,28 @@ def test_a_request_of_any_length_holds_what_its_window_shows(window: int, in_chu
 
 def test_a_prompt_runs_in_steps_for_which_there_are_pages() -> None:
     harness = harness_of(num_pages=5)
-    run(harness, 0, prompt_of(1, 100))
+    harness.answer(0, prompt_of(1, 100))
     assert {sum(plan.counts) for plan in harness.plans if plan.starts and plan.starts[0] < 96} == {20, 12, 8}
 
 
 def test_the_next_turn_of_a_chat_goes_on_after_the_last_block() -> None:
     harness = harness_of()
     history = prompt_of(1, 50)
-    history = history + run(harness, 0, history, 30)
-    run(harness, 1, history + prompt_of(2, 10))
+    history = history + harness.answer(0, history, 30)
+    harness.answer(1, history + prompt_of(2, 10))
     assert harness.cached[1] == 76, "of 79 tokens that were computed"
 
 
 def test_choices_of_one_prompt_compute_it_once_and_go_apart() -> None:
-    harness = harness_of()
-    for sequence_id in range(3):
-        harness.submit(sequence_id, prompt_of(1, 22), 8)
-    harness.run()
-    assert harness.cached == {0: 0, 1: 20, 2: 20}
-    assert all(tokens == solo_tokens(prompt_of(1, 22), 8) for tokens in harness.tokens.values())
+    harness_of().answer_choices()
 
 
 def test_a_prefix_whose_pages_others_took_is_computed_again_and_then_found() -> None:
     harness = harness_of(num_pages=6)
-    run(harness, 0, prompt_of(1, 40))
-    run(harness, 1, prompt_of(2, 60))
-    run(harness, 2, prompt_of(1, 40))
-    run(harness, 3, prompt_of(1, 40))
+    harness.answer(0, prompt_of(1, 40))
+    harness.answer(1, prompt_of(2, 60))
+    harness.answer(2, prompt_of(1, 40))
+    harness.answer(3, prompt_of(1, 40))
     assert harness.cached == {0: 0, 1: 0, 2: 0, 3: 36}
 
 
