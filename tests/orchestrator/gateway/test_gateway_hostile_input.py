@@ -64,19 +64,19 @@ def test_a_frame_above_the_limit_ends_only_the_connection(peer: RawPeer) -> None
     assert peer.hear()["id"] == 3
 
 
-def bombs() -> dict[str, bytes]:
-    nested = b"\x91" * 100_000 + b"\xc0"
-    wide = b"\xdd" + struct.pack(">I", 2**31) + b"\x90" * 100
-    tiny = b"\x81\xa1x\xdc\xff\xff" + b"\x90" * 65_535
-    two_levels = msgpack.packb({"x": [[[] for _ in range(1000)] for _ in range(900)]})
-    wide_map = msgpack.packb({f"k{at}": at for at in range(1000)})
-    return {"nested": nested, "wide": wide, "tiny": tiny, "two levels": two_levels, "wide map": wide_map}
+BOMBS = {
+    "nested": lambda: b"\x91" * 100_000 + b"\xc0",
+    "wide": lambda: b"\xdd" + struct.pack(">I", 2**31) + b"\x90" * 100,
+    "tiny": lambda: b"\x81\xa1x\xdc\xff\xff" + b"\x90" * 65_535,
+    "two levels": lambda: msgpack.packb({"x": [[[] for _ in range(1000)] for _ in range(900)]}),
+    "wide map": lambda: msgpack.packb({f"k{at}": at for at in range(1000)}),
+}
 
 
-@pytest.mark.parametrize("name", bombs())
+@pytest.mark.parametrize("name", BOMBS)
 def test_msgpack_bombs_are_refused_unbuilt(gateway: GatewayProcess, peer: RawPeer, name: str) -> None:
     before = gateway.resident_bytes()
-    peer.send(VERSION, bombs()[name])
+    peer.send(VERSION, BOMBS[name]())
     assert peer.hear()["code"] == "bad_request"
     assert gateway.resident_bytes() - before < 32 * MiB
 

@@ -1,14 +1,18 @@
 """Tools and thinking in Anthropic's messages, by the official client."""
 
-from collections.abc import Iterator
-from typing import Any
+from __future__ import annotations
 
-import anthropic
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
 import pytest
 
 from harness.answers.tool_templates import CALL, QWEN, THOUGHT, weather_tool
 from harness.servers.gateway_process import GatewayProcess, make_model_folder, says, text_of
 from harness.servers.http_process import HttpServer
+
+if TYPE_CHECKING:
+    import anthropic
 
 HELLO = [{"role": "user", "content": "Hi"}]
 _FUNCTION = weather_tool()["function"]
@@ -23,6 +27,8 @@ def shared_gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway
 
 @pytest.fixture
 def client(http: HttpServer, gateway: GatewayProcess) -> Iterator[anthropic.Anthropic]:
+    import anthropic  # takes two seconds: only where it is used, not in every process that collects tests
+
     gateway.set_info(max_seq_len=4000)
     with anthropic.Anthropic(base_url=http.url, api_key="none", max_retries=0) as client:
         yield client
@@ -99,5 +105,7 @@ def test_results_of_calls_reach_the_template(client: anthropic.Anthropic, gatewa
     ],
 )
 def test_what_is_wrong_is_said(client: anthropic.Anthropic, more: dict[str, Any], words: str) -> None:
+    import anthropic
+
     with pytest.raises(anthropic.BadRequestError, match=words):
         client.messages.create(**options(**more))

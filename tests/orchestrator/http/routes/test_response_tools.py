@@ -1,15 +1,19 @@
 """Tools and reasoning in OpenAI's responses: items of their own, whole and as events, and back as input."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import openai
 import pytest
 
 from harness.answers.tool_templates import BROKEN, CALL, QWEN, THOUGHT, TIME_CALL, weather_tool
 from harness.servers.gateway_process import GatewayProcess, make_model_folder, says, text_of
 from harness.servers.http_process import HttpServer
+
+if TYPE_CHECKING:
+    import openai
 
 RESPONSES = "/v1/responses"
 TOOLS = [{"type": "function", "strict": True, **weather_tool(name)["function"]} for name in ("get_weather", "get_time")]
@@ -219,6 +223,8 @@ def test_log_probabilities_are_those_of_the_messages_tokens(
 def test_a_response_has_log_probabilities_only_if_they_are_asked_for(
     openai_client: openai.OpenAI, gateway: GatewayProcess
 ) -> None:
+    import openai
+
     gateway.engine.script = says("Hello")
     for options, count in (({"include": ["reasoning.encrypted_content"]}, 0), ({"top_logprobs": 1}, 5)):
         [item] = ask(openai_client, **options).output

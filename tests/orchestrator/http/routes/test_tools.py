@@ -1,15 +1,19 @@
 """Tools and reasoning in OpenAI's chats: what a model writes comes back apart, whole and as a stream."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import openai
 import pytest
 
 from harness.answers.tool_templates import BROKEN, CALL, QWEN, THOUGHT, TIME_CALL, weather_tool
 from harness.servers.gateway_process import GatewayProcess, make_model_folder, says, text_of
 from harness.servers.http_process import HttpServer
+
+if TYPE_CHECKING:
+    import openai
 
 CHAT = "/v1/chat/completions"
 TOOLS = [weather_tool(), weather_tool("get_time")]
