@@ -1,5 +1,6 @@
 """The check that kernels must pass before a worker uses them: it passes here, and finds what is wrong."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,18 +16,38 @@ from mgpu.worker.kernels.attention import latent as latent_kernel
 from mgpu.worker.kernels.attention.decode import decode_attention
 
 
-@pytest.mark.parametrize(("dim", "window", "kept"), [(32, None, "auto"), (32, 40, "fp8"), (512, None, "auto")])
-def test_kernels_pass_the_check(device: torch.device, dim: int, window: int | None, kept: KvCacheDtype) -> None:
-    shape = AttentionShape(4, 2, dim, torch.float32, (window,), kept, has_sinks=window is not None)
+@pytest.fixture(autouse=True)
+def _forget() -> Iterator[None]:
+    """Let each test run the check, which remembers its outcome."""
+    kernel_check.attention_problem.cache_clear()
+    yield
+    kernel_check.attention_problem.cache_clear()
+
+
+@pytest.fixture
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the check compute fewer tokens, which take long in the interpreter."""
+    monkeypatch.setattr(kernel_check, "_NEW_TOKENS", (1, 1, 7, 9))
+    monkeypatch.setattr(kernel_check, "_CONTEXTS", (1, 150, 7, 20))
+
+
+def test_kernels_pass_the_whole_check(device: torch.device) -> None:
+    shape = AttentionShape(4, 2, 32, torch.float32, (40,), "fp8", has_sinks=True)
+    assert kernel_check.attention_problem(device, shape) is None
+
+
+@pytest.mark.usefixtures("_short")
+@pytest.mark.parametrize("dim", [32, 512])
+def test_kernels_pass_the_check(device: torch.device, dim: int) -> None:
+    shape = AttentionShape(4, 2, dim, torch.float32, (None,))
     assert kernel_check.attention_problem(device, shape) is None
 
 
 LATENT = LatentFacts(rank=32, rotated=16, plain=8, value_dim=8)
 
 
+@pytest.mark.usefixtures("_short")
 def test_kernels_of_latents_pass_the_check(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_check, "_NEW_TOKENS", (1, 1, 7, 9))
-    monkeypatch.setattr(kernel_check, "_CONTEXTS", (1, 150, 7, 20))
     monkeypatch.setattr(latent_kernel, "choose_splits", lambda pairs: 2)
     shape = AttentionShape(4, 1, 48, torch.float32, (None,), latent=LATENT)
     assert kernel_check.attention_problem(device, shape) is None
@@ -55,6 +76,7 @@ def test_a_head_size_that_kernels_cannot_have_is_named(device: torch.device, dim
     assert f"not {dim}" in problem
 
 
+@pytest.mark.usefixtures("_short")
 @pytest.mark.parametrize("result", [1.0, torch.nan])
 def test_a_kernel_that_computes_something_else_is_found(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, result: float
@@ -68,6 +90,7 @@ def test_a_kernel_that_computes_something_else_is_found(
     assert "off by" in problem
 
 
+@pytest.mark.usefixtures("_short")
 def test_a_kernel_that_fails_is_found(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **options: object) -> None:
         raise RuntimeError("no such instruction")

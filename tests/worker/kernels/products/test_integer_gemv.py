@@ -58,12 +58,11 @@ def test_products_equal_those_of_the_dequantized_weight(name: str, inputs: int, 
 
 
 @pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize("inputs", [512, 1280])
-@pytest.mark.parametrize("words", [32, 64])
+@pytest.mark.parametrize(("inputs", "words"), [(512, 32), (1280, 64)])
 def test_steps_that_are_loaded_ahead_give_the_same_sums(
     name: str, inputs: int, words: int, device: torch.device
 ) -> None:
-    weight = make(FORMS[name], 8, inputs, device)  # 1280 inputs are two steps and a half of 64 words
+    weight = make(FORMS[name], 8, inputs, device)  # 512 inputs are two steps of 32 words, 1280 two and a half of 64
     x = torch.randn(1, inputs, device=device).bfloat16()
     first, ahead = (integer_gemv(x, weight, tiling=IntegerGemvTiling(4, words, 1, ahead)) for ahead in (False, True))
     assert torch.equal(first, ahead)
