@@ -152,7 +152,8 @@ class ServerConfig:
         """Return the CPU threads of a worker.
 
         Beside GPUs those that compute on the CPU, a part of the layers or only experts, share all cores but one for
-        each GPU.
+        each GPU. Workers on GPUs with experts leave one more for each, since they and the engine look for results
+        without a pause: a thread that lost its core would make all others wait.
         """
         if self.num_threads or self.device_kind == "cpu" or not self._computes_on_cpu(rank):
             return self.threads_per_worker
@@ -160,7 +161,8 @@ class ServerConfig:
         computing = sum(map(self._computes_on_cpu, ranks))
         gpus = sum(self.device_of(other) != "cpu" for other in ranks)
         cpus = self.worker_cpus[rank] if self.worker_cpus else frozenset()
-        threads = (usable_cpus(len(os.sched_getaffinity(0))) - gpus) // computing
+        busy = gpus * (1 if self.device_of(rank) == "cpu" else 2)
+        threads = (usable_cpus(len(os.sched_getaffinity(0))) - busy) // computing
         return max(1, min(threads, len(cpus) or threads))
 
     def _computes_on_cpu(self, rank: int) -> bool:

@@ -5,9 +5,13 @@ from collections.abc import Sequence
 from mgpu.orchestrator.errors import PlacementError
 from mgpu.orchestrator.placement.costs import HOST_BYTES_PER_S
 from mgpu.orchestrator.placement.fit import Sizing, gib, host_budget
+from mgpu.orchestrator.placement.machine.devices import Machine
 from mgpu.orchestrator.placement.rank_row import RankRow
 from mgpu.orchestrator.placement.split.sizes import expert_bytes
+from mgpu.protocol.model.facts import ModelFacts
 from mgpu.protocol.model.layout import Layout
+from mgpu.protocol.model.quantization import formats_of
+from mgpu.protocol.model.weight_format import WeightFormat
 
 
 def check_cpu_experts(sizing: Sizing, rows: Sequence[RankRow], source: str) -> None:
@@ -63,11 +67,32 @@ def cpu_expert_notes(sizing: Sizing, rows: Sequence[RankRow]) -> list[str]:
     if experts is None or not needed:
         return []
     read = needed * experts.active // experts.count
+    graphs = "the GPU's stream calls the processor, also in CUDA graphs"
+    if not stay_in_graphs(sizing.facts, sizing.machine, sizing.layout):
+        graphs = "steps of these layers' GPUs are no CUDA graphs then"
     return [
         f"experts of {cpu_expert_layers(sizing.layout)} on the CPU: {gib(needed)} of the machine's memory. A token "
         f"reads {gib(read)} of them, which takes {1e3 * read / HOST_BYTES_PER_S:.1f} ms at an assumed "
-        f"{HOST_BYTES_PER_S / 1e9:.0f} GB/s; steps of these layers' GPUs are no CUDA graphs then"
+        f"{HOST_BYTES_PER_S / 1e9:.0f} GB/s; {graphs}"
     ]
+
+
+def stay_in_graphs(facts: ModelFacts, machine: Machine, layout: Layout) -> bool:
+    """Return True if the GPU's stream calls the processor for experts, so that steps can be CUDA graphs.
+
+    That takes kernels for the CPU, which compute in bfloat16 with dense experts or with codes of 4 and 8 bits.
+    """
+    forms = [
+        form
+        for layer in layout.cpu_experts
+        for held in ("gate_up", "down")
+        for form in formats_of(facts, layer, layout.quant).formats_of(held)
+    ]
+    return layout.dtype == "bfloat16" and machine.has_compiler and all(map(_has_kernel, forms))
+
+
+def _has_kernel(form: WeightFormat) -> bool:
+    return form.quant in ("none", "4", "8", "fp4", "nl4") and form.group % 32 == 0 and not form.is_ordered
 
 
 def cpu_expert_layers(layout: Layout) -> str:

@@ -23,11 +23,11 @@ def test_one_rank_and_ranks_that_meet_over_sockets_share_none() -> None:
     assert config(ranks_per_stage=2, transport="gloo", stage_transport="gloo").shared_bytes == 0
 
 
-def test_ranks_with_experts_on_the_cpu_share_all_cores_but_one_for_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_with_experts_on_the_cpu_share_all_cores_but_two_for_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_config.os, "sched_getaffinity", lambda pid: set(range(16)))
     monkeypatch.setattr(server_config, "usable_cpus", lambda cores: cores)
     plain = config(ranks_per_stage=2, device_kind="cuda", transport="nccl", stage_transport="nccl")
     assert plain.threads_of(0) == 0
     apart = replace(plain, layout=replace(plain.layout, cpu_experts=(0,)))
-    assert [apart.threads_of(rank) for rank in range(2)] == [7, 7]
+    assert [apart.threads_of(rank) for rank in range(2)] == [6, 6]
     assert replace(apart, worker_cpus=(frozenset(range(4)),) * 2).threads_of(0) == 4

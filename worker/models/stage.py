@@ -22,9 +22,9 @@ from mgpu.worker.layers.attention.linear_attention import LinearConstants
 from mgpu.worker.layers.attention.rotary import Angles, RotaryEmbedding
 from mgpu.worker.layers.attention.self_attention import Attention
 from mgpu.worker.layers.attention.shared_attention import SharedAttention
-from mgpu.worker.layers.experts.cpu_experts import HostRows
+from mgpu.worker.layers.experts.cpu_experts import CpuExperts, HostRows
 from mgpu.worker.layers.experts.expert_branch import ExpertBranch, RouterScales
-from mgpu.worker.layers.experts.experts import ExpertMatrices
+from mgpu.worker.layers.experts.experts import ExpertMatrices, Experts
 from mgpu.worker.layers.experts.router import ExpertCorrection
 from mgpu.worker.layers.experts.sparse_mlp import SparseMLP
 from mgpu.worker.layers.layer_scale import LayerScale
@@ -327,7 +327,7 @@ class DecoderStage(Module):
     def finalize(self) -> None:
         """Repack all weights for the device, once, after loading."""
         for _, module in self.named_modules():
-            if isinstance(module, (Linear, ExpertMatrices)):
+            if isinstance(module, (Linear, Experts, CpuExperts)):
                 module.finalize()
         if self.head is not None:
             self.head.finalize_head(is_embedding_too=self.head is self.embedding)

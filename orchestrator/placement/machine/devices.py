@@ -71,7 +71,7 @@ class Machine:
     cpu_flags: frozenset[str] = frozenset()
     """What the processor can do, if workers run on it; none of a described machine."""
     has_compiler: bool = False
-    """True if workers can compile their kernels for the CPU."""
+    """True if workers can compile their kernels for the CPU; not known of a described machine."""
 
     @property
     def kind(self) -> Literal["cpu", "cuda"]:
@@ -150,7 +150,9 @@ def _gpu_machine(environ: Mapping[str, str], nvml: Nvml | None) -> tuple[Machine
     if environ.get("MGPU_NO_P2P") == "1":
         links = tuple(tuple("none" for _ in row) for row in links)
     shared, notes = orders_stores(), (note,) if note else ()
-    return Machine(devices, links, problem, shared, notes, distances=distances, host_bytes=host_memory()), ""
+    host, has_compiler = host_memory(), c_compiler() is not None
+    machine = Machine(devices, links, problem, shared, notes, distances=distances, host_bytes=host)
+    return replace(machine, has_compiler=has_compiler), ""
 
 
 def check_answers(known: Sequence[Gpu], visible: Sequence[Gpu]) -> None:

@@ -8,6 +8,7 @@ estimates meet within 15 %. Other GPUs are scaled by their data sheets and were 
 from dataclasses import dataclass, replace
 
 from mgpu.orchestrator.placement.costs import HOST_BYTES_PER_S
+from mgpu.orchestrator.placement.cpu_experts import stay_in_graphs
 from mgpu.orchestrator.placement.machine.devices import DeviceInfo
 from mgpu.orchestrator.placement.machine.gpu_facts import GpuFacts, find_gpu
 from mgpu.orchestrator.placement.planner import Plan
@@ -309,7 +310,8 @@ def _host_sum_s(plan: Plan, device: _Device, rows: float, nbytes: float) -> floa
 def _launch_s(plan: Plan, stage: Stage, device: _Device) -> float:
     """Return the seconds that the host needs to launch a layer's kernels; 0 for CUDA graphs."""
     has_experts = bool(plan.layout.cpu_experts_of(plan.layout.placement.stages.index(stage)))
-    if device.has_graphs and not plan.layout.cpu_ranks and not has_experts:
+    can_capture = not has_experts or stay_in_graphs(plan.facts, plan.machine, plan.layout)
+    if device.has_graphs and not plan.layout.cpu_ranks and can_capture:
         return 0.0
     if len(stage.devices) > 1 and not _has_own_sums(plan, stage):
         return _GLOO_S if plan.layout.transport == "gloo" else _NCCL_S

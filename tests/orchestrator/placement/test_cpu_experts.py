@@ -70,6 +70,21 @@ def test_the_written_file_gives_the_same_layout(options: dict[str, Any]) -> None
     assert estimate_speed(result) is not None or result.facts.formats
 
 
+def test_what_the_kernels_for_the_cpu_take_stays_in_cuda_graphs() -> None:
+    box = replace(with_host(h200()), has_compiler=True)
+    said = [layout_text(planned("0-7: {experts: cpu}", box, **each)) for each in ({}, {"quant": "4"})]
+    assert all("calls the processor, also in CUDA graphs" in text for text in said)
+    for options in ({"dtype": "float32"}, {"quant": "fp8"}):
+        assert "no CUDA graphs" in layout_text(planned("0-7: {experts: cpu}", box, **options))
+
+    def rate(machine: Machine) -> float:
+        speed = estimate_speed(planned("6: {experts: cpu}", machine))
+        assert speed is not None
+        return speed.one_stream
+
+    assert rate(box) > 1.3 * rate(with_host(h200()))
+
+
 def test_each_rank_keeps_its_share_and_all_layers_may_be_named_where_some_are_dense() -> None:
     result = planned("0-8: {experts: cpu}", with_host(gpus(80, 80)), tp=2)
     assert result.layout.cpu_experts == tuple(range(7))

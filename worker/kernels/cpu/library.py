@@ -22,8 +22,8 @@ from mgpu.protocol.model.c_compiler import c_compiler
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("products.c", "layers.c")
-_HEADER = "vectors.h"
+SOURCES = ("products.c", "layers.c", "experts.c")
+_HEADERS = ("vectors.h", "tiles.h")
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math",
           "-Wno-psabi")  # fmt: skip
 _COMPILE_S = 60.0
@@ -84,7 +84,7 @@ def _is_ours(found: os.stat_result) -> bool:
 def _key() -> str:
     """Return a digest of all that the library depends on: the sources, and the processor that it is made for."""
     digest = hashlib.sha256("\0".join((*_FLAGS, platform.machine())).encode())
-    for name in (*SOURCES, _HEADER):
+    for name in (*SOURCES, *_HEADERS):
         digest.update((Path(__file__).parent / name).read_bytes())
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
         about = {line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part"))}

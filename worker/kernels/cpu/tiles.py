@@ -155,12 +155,13 @@ def _tile_part(weight: PackedWeight, group: int, bits: int) -> Tensor | None:
     scales_NG, offsets_NG, _ = steps_of(weight)
     numbers = [scales_NG] if offsets_NG is None else [scales_NG, offsets_NG]
     rounded = [each.to(torch.float16) for each in numbers]
-    if weight.kind == "fp4" and _differ(scales_NG, rounded[0]):
+    if weight.kind == "fp4" and _differ(scales_NG, rounded[0], scales_NG):
         # The scale of a block of zeros does not matter.
         has_others_NG = ((codes(weight)[:, : weight.k] & 7) > 0).view(*scales_NG.shape, group).any(2)
         numbers = [torch.where(has_others_NG, scales_NG, 0.0)]
         rounded = [numbers[0].to(torch.float16)]
-    if any(_differ(*pair) for pair in zip(numbers, rounded, strict=True)):
+    # An offset near 0 may be rounded to what is small beside a step between two codes.
+    if any(_differ(*pair, numbers[0]) for pair in zip(numbers, rounded, strict=True)):
         return None
     return torch.cat((_tiled_codes(weight, group, bits), *map(_tiled_numbers, rounded)), dim=2)
 
@@ -186,8 +187,9 @@ def steps_of(weight: PackedWeight) -> tuple[Tensor, Tensor | None, int]:
     return scales_NG, None if weight.zeros is None else -weight.zeros.float() * scales_NG, middle
 
 
-def _differ(numbers: Tensor, rounded: Tensor) -> bool:
-    return not bool(((rounded.float() - numbers).abs() <= _LARGEST_ERROR * numbers.abs()).all())
+def _differ(numbers: Tensor, rounded: Tensor, steps: Tensor) -> bool:
+    sizes = torch.maximum(numbers.abs(), steps.abs())
+    return not bool(((rounded.float() - numbers).abs() <= _LARGEST_ERROR * sizes).all())
 
 
 def _tiled_codes(weight: PackedWeight, group: int, bits: int) -> Tensor:

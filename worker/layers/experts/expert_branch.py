@@ -73,7 +73,7 @@ class ExpertBranch(Module):
         self.experts = Experts(*sizes_of) if cpu_rows is None else CpuExperts(*sizes_of, cpu_rows)
         has_kernels = cpu_rows is None and has_kernels_for(experts, storage)
         self._compute = _kernel_experts() if has_kernels else _plain_experts
-        self.waits_for_host = not has_kernels
+        self.waits_for_host = not has_kernels and cpu_rows is None
         self.norm, self.out_norm, self.dense_out_norm = norm(), norm(), norm()
 
     def __call__(self, dense_TD: Product, residual_TD: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from torch import Tensor
 from mgpu.protocol.model.expert_facts import Clamp, ExpertFacts
 from mgpu.protocol.model.facts import Activation
 from mgpu.protocol.model.placement import ExpertShard
+from mgpu.worker.kernels.cpu.experts import ExpertMatrix, ExpertsKernel, has_kernels
+from mgpu.worker.kernels.cpu.tiles import TiledWeight
 from mgpu.worker.layers.experts.router import Routing
 from mgpu.worker.layers.linear import Storage
 from mgpu.worker.layers.module import Module
@@ -86,6 +88,15 @@ class ExpertMatrices(Module):
         if len(repacked) == self._count:
             self._repacked, self.packed = repacked, None
 
+    def for_kernel(self) -> ExpertMatrix | None:
+        """Return the matrices as the kernel for all experts takes them; None if they have another form."""
+        if self._storage.dtype != torch.bfloat16 or self.weight.device.type != "cpu" or self.packed is not None:
+            return None
+        tiles = [each for each in self._repacked if isinstance(each, TiledWeight)]
+        if len(tiles) == self._count:
+            return ExpertMatrix(tiles, self.bias)
+        return ExpertMatrix(self.weight, self.bias) if len(self.weight) == self._count else None
+
     def multiply(self, x_RI: Tensor, expert: int) -> Tensor:
         """Multiply by one expert's matrix."""
         bias_O = None if self.bias is None else self.bias[expert]
@@ -131,6 +142,19 @@ class Experts(Module):
         width = len(shard.columns)
         self.gate_up = ExpertMatrices(len(shard.experts), (width, width), hidden_size, facts.bias, storage.of_gate_up())
         self.down = ExpertMatrices(len(shard.experts), (hidden_size,), width, facts.bias, storage.of_down())
+        self.kernel: ExpertsKernel | None = None
+        """Computes all experts at once on a CPU, where it can."""
+
+    def finalize(self) -> None:
+        """Repack the matrices for the device, once, after loading."""
+        if self.kernel is not None:
+            return
+        self.gate_up.finalize()
+        self.down.finalize()
+        gate_up, down = self.gate_up.for_kernel(), self.down.for_kernel()
+        if gate_up is not None and down is not None and has_kernels():
+            how = self.shard.experts.start, self.activation, self.facts.clamp
+            self.kernel = ExpertsKernel(gate_up, down, *how)
 
     def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """Return this rank's part of the weighted sum over each token's experts, [T, D].
@@ -138,6 +162,8 @@ class Experts(Module):
         Experts are visited in order, each with all of its tokens. Which ones have any is read on the host, so a GPU
         takes kernels instead.
         """
+        if self.kernel is not None:
+            return self.kernel(x_TD, *routing)
         out_TD = torch.zeros_like(x_TD)
         chosen = routing.experts_TA.flatten()
         places = chosen.argsort(stable=True)

@@ -54,7 +54,7 @@ class SparseMLP(Module):
         kernel_mlp = _kernel_mlp if experts.choice is None else _routed_kernel_mlp
         has_kernels = cpu_rows is None and has_kernels_for(experts, storage)
         self._compute = kernel_mlp() if has_kernels else _plain_mlp
-        self.waits_for_host = not has_kernels
+        self.waits_for_host = not has_kernels and cpu_rows is None
         self._add_share = _kernel_share() if uses_kernels(storage.device) else _plain_share
         shard = part.experts(experts, split, storage.of_down().form.splits_at)
         self.router = Router(experts, facts.hidden_size, storage)
