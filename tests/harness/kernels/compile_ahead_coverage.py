@@ -29,7 +29,7 @@ from mgpu.worker.kernels.products import choose as products
 from mgpu.worker.kernels.products.warpgroup import float8_trial, trial
 from mgpu.worker.kernels.runtime import LAUNCH_MODE
 from mgpu.worker.layers import linear, mlp, norm, vocab
-from mgpu.worker.layers.experts import sparse_mlp
+from mgpu.worker.layers.experts import experts, sparse_mlp
 from mgpu.worker.ranks import peer_check
 from mgpu.worker.ranks.collectives import MeasurableGroup, SingleRank
 from mgpu.worker.ranks.links import Links
@@ -66,7 +66,7 @@ class FakePool:
 def use_kernels_on_the_cpu() -> None:
     compile_only()
     set_overlap(True)
-    for module in (mlp, norm, sparse_mlp, sampler, attention):
+    for module in (mlp, norm, experts, sparse_mlp, sampler, attention):
         module.uses_kernels = lambda device: True
     linear.dense_product = vocab.dense_product = lambda device: products.matmul
     linear.packed_product = lambda device, form: (products.try_products(device, form), products.quantized_matmul)[1]

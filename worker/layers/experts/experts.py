@@ -18,6 +18,7 @@ from mgpu.protocol.model.facts import Activation
 from mgpu.protocol.model.placement import ExpertShard
 from mgpu.worker.kernels.cpu.experts import ExpertMatrix, ExpertsKernel, has_kernels
 from mgpu.worker.kernels.cpu.tiles import TiledWeight
+from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.layers.experts.router import Routing
 from mgpu.worker.layers.linear import Storage
 from mgpu.worker.layers.module import Module
@@ -147,7 +148,7 @@ class Experts(Module):
 
     def finalize(self) -> None:
         """Repack the matrices for the device, once, after loading."""
-        if self.kernel is not None:
+        if self.kernel is not None or uses_kernels(self.gate_up.weight.device):
             return
         self.gate_up.finalize()
         self.down.finalize()
