@@ -31,7 +31,7 @@ from mgpu.worker.quantization.quantize import quantize
 from mgpu.worker.quantization.random_packed import random_packed
 from mgpu.worker.quantization.stacks import empty_stack, matrix_of, put_matrix
 
-_DRAWN = 4
+_DRAWN = 1
 """Experts of a layer that random weights on a CPU are drawn for."""
 
 
