@@ -18,6 +18,7 @@ from mgpu.orchestrator.placement.machine.devices import (
 )
 from mgpu.orchestrator.placement.machine.gpu_facts import GPUS, GpuFacts, find_gpu
 from mgpu.orchestrator.placement.machine.nvml import Link
+from mgpu.protocol.model.c_compiler import c_compiler
 
 DESCRIBED_BYTES = 80 << 30
 """Memory of each GPU of a machine described by a count alone."""
@@ -40,7 +41,10 @@ def described_machine(text: str, environ: Mapping[str, str] = os.environ) -> Mac
     between = {"nvlink": "NVLink", "pcie": "PCIe", "none": "no direct access"}[link]
     note = f"a described machine: empty GPUs, {between} between all of them"
     links, problem = uniform_links(len(devices), link), nccl_problem(environ)
-    return Machine(devices, links, problem, notes=(note,), kinds=names, host_bytes=host_memory())
+    has_compiler = c_compiler() is not None  # of this machine, as its memory
+    return Machine(
+        devices, links, problem, notes=(note,), kinds=names, host_bytes=host_memory(), has_compiler=has_compiler
+    )
 
 
 def kinds_text(kinds: Sequence[str]) -> str:

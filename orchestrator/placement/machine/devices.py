@@ -71,7 +71,7 @@ class Machine:
     cpu_flags: frozenset[str] = frozenset()
     """What the processor can do, if workers run on it; none of a described machine."""
     has_compiler: bool = False
-    """True if workers can compile their kernels for the CPU; not known of a described machine."""
+    """True if workers can compile their kernels for the CPU."""
 
     @property
     def kind(self) -> Literal["cpu", "cuda"]:

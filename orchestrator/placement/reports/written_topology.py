@@ -78,9 +78,12 @@ def _asked(form: WeightFormat) -> Quant | None:
 
 
 def _usual(facts: ModelFacts, formats: LayerFormats) -> Quant | None:
-    """Return what most matrices of a layer are quantized to."""
+    """Return what most matrices of a layer are quantized to; None if some stay as the checkpoint has them.
+
+    An entry for the layer would change those too.
+    """
     asked = [_asked(getattr(formats, held)) for held in _held(facts)]
-    return max(asked, key=asked.count)
+    return None if None in asked else max(asked, key=asked.count)
 
 
 def _quant_line(facts: ModelFacts, formats: LayerFormats) -> list[str]:

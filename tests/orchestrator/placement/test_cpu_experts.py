@@ -18,6 +18,7 @@ from mgpu.orchestrator.placement.reports.written_topology import topology_text
 from mgpu.orchestrator.placement.topology.file import parse_topology
 from mgpu.protocol.model.expert_facts import ExpertFacts
 from mgpu.protocol.model.facts import ModelFacts
+from mgpu.protocol.model.weight_format import LayerFormats, WeightFormat
 
 SPARSE = make_facts(
     q=32, kv=4, layers=8, hidden=2048, width=6144, vocab=5000, context=4096,
@@ -83,6 +84,15 @@ def test_what_the_kernels_for_the_cpu_take_stays_in_cuda_graphs() -> None:
         return speed.one_stream
 
     assert rate(box) > 1.3 * rate(with_host(h200()))
+
+
+def test_experts_of_a_quantized_checkpoint_stay_so_in_the_written_file() -> None:
+    mxfp4 = WeightFormat("fp4", 32, scale_bytes=1, source="MXFP4")
+    facts = replace(SPARSE, formats=(LayerFormats(gate_up=mxfp4, down=mxfp4),) * 7 + (LayerFormats(),))
+    result = planned("0-8: {experts: cpu}", with_host(gpus(80)), facts)
+    assert result.rows[0].host_bytes < 0.3 * 7 * LAYER_BYTES
+    again = planned(topology_text(result, "heading"), with_host(gpus(80)), facts)
+    assert (again.layout, again.facts, again.rows) == (result.layout, result.facts, result.rows)
 
 
 def test_each_rank_keeps_its_share_and_all_layers_may_be_named_where_some_are_dense() -> None:
