@@ -7,6 +7,7 @@ those of a row-parallel layer. So both splits take one all-reduce, and no token 
 # T tokens, D model dim, N experts of this rank, F width of an expert on this rank, A active experts of a token
 # O outputs and I inputs of one matrix, R tokens of one expert
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
@@ -84,7 +85,7 @@ class ExpertMatrices(Module):
         first = repack(matrix_of(self.packed, 0), self._storage.dtype)
         if isinstance(first, PackedWeight):
             return
-        others = (repack(matrix_of(self.packed, each), self._storage.dtype) for each in range(1, self._count))
+        others = _repacked(self.packed, range(1, self._count), self._storage.dtype)
         repacked = [first, *(each for each in others if not isinstance(each, PackedWeight))]
         if len(repacked) == self._count:
             self._repacked, self.packed = repacked, None
@@ -129,6 +130,21 @@ class ExpertMatrices(Module):
     def weight_bytes(self) -> int:
         packed = sum(each.nbytes for each in self._repacked) if self.packed is None else self.packed.nbytes
         return self.weight.nbytes + packed + (0 if self.bias is None else self.bias.nbytes)
+
+
+def _repacked(stack: PackedWeight, experts: range, dtype: torch.dtype) -> list[CpuWeight | PackedWeight]:
+    """Repack matrices of a stack side by side: each is small, so torch's threads would mostly wait for each other."""
+
+    @torch.inference_mode()  # threads do not inherit it
+    def repack_one(expert: int) -> CpuWeight | PackedWeight:
+        return repack(matrix_of(stack, expert), dtype)
+
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(repack_one, experts))
+    finally:
+        torch.set_num_threads(threads)  # what was set for the pool holds for threads to come, too
 
 
 class Experts(Module):
