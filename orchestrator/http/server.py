@@ -12,6 +12,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from mgpu.orchestrator.http.app import make_app
+from mgpu.orchestrator.http.edge.accepting import Acceptor
 from mgpu.orchestrator.http.edge.connections import BoundedProtocol
 from mgpu.orchestrator.http.edge.guard import ApiKeys
 from mgpu.orchestrator.http.edge.hosts import Hosts
@@ -25,7 +26,6 @@ from mgpu.protocol.keys import ClientKeys
 GRACE_S = 1
 """Time that open streams get at the end. The gateway has told them by then that the server stops."""
 KEEP_ALIVE_S = 75
-BACKLOG = 2048
 REQUEST_TIMEOUT_S = 3600.0
 """The longest answer."""
 OWN_FILES = 64
@@ -98,7 +98,6 @@ def _config(app: ASGIApp, options: HttpOptions) -> uvicorn.Config:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=GRACE_S,
         ssl_certfile=options.tls_cert or None,
@@ -115,17 +114,32 @@ def _protocol(options: HttpOptions) -> type[BoundedProtocol]:
 
 
 class _Server(uvicorn.Server):
-    """Reports when it accepts connections. Signals are the parent's business."""
+    """Accepts connections as `Acceptor` does, and reports when it does. Signals are the parent's business."""
 
     def __init__(self, config: uvicorn.Config, report: Callable[[], None]) -> None:
         super().__init__(config)
         self._report = report
+        self._acceptors: list[Acceptor] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         if self.config.ssl is not None:
             self._bound_handshakes(self.config.ssl)
-        await super().startup(sockets)
+        await super().startup([])
+        self._acceptors = [Acceptor(each, self._protocol) for each in sockets or ()]
         self._report()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for each in self._acceptors:
+            each.close()
+        await super().shutdown(sockets)
+
+    def _protocol(self) -> asyncio.Protocol:
+        """Return what serves a new connection, as uvicorn makes it for its own listeners."""
+        make: Any = self.config.http_protocol_class
+        found: asyncio.Protocol = make(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state, _loop=None
+        )
+        return found
 
     def _bound_handshakes(self, context: ssl.SSLContext) -> None:
         """Let connections be accepted without TLS, and begin it where they are counted."""

@@ -71,6 +71,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._framing_bytes = 0
         """Since the last head, but for the body."""
         self._answered: RequestResponseCycle | None = None
+        self._left: asyncio.Future[None] | None = None
+        """Done when the client of that request is gone."""
         self._is_full = False
         """So many requests wait that no more are read from this connection."""
         self._unsent_bytes, self._looks = 0, 0
@@ -104,10 +106,13 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._answered is not None:  # uvicorn tells the last of pipelined requests alone
             self._answered.disconnected = True
             self._answered.message_event.set()
+        if self._left is not None and not self._left.done():
+            self._left.set_result(None)
         super().connection_lost(exc)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        self._answered = cycle
+        self._answered, self._left = cycle, self.loop.create_future()
+        cycle.scope["left"] = self._left  # type: ignore[typeddict-unknown-key]
         super()._start_asgi_task(cycle, app)
 
     def data_received(self, data: bytes) -> None:

@@ -10,6 +10,7 @@ from hashlib import sha256
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mgpu.orchestrator.http.edge.errors import ANTHROPIC_PATH, HttpError
@@ -67,20 +68,30 @@ class Guard:
                 message["headers"] = [*message["headers"], *((name, request_id.encode()) for name in names)]
             await send(message)
 
+        path = _address_of(scope)
+        refusal = self._refusal(scope, headers, request_id)
+        if refusal is None and scope["state"]["has_key"]:
+            path = (f"key {scope['state']['account']}", "")
+        left = scope.get("left")
+        try:
+            await self._turns.begin(path, left)
+        except ClientDisconnect:
+            return
+        if refusal is not None:
+            await refusal.response(scope["path"])(scope, receive, send_with_id)
+            return
+        scope["state"]["wait_turn"] = partial(self._turns.wait, path, left)
+        await metered(self._app(scope, receive, send_with_id), partial(self._turns.charge, path[0]))
+
+    def _refusal(self, scope: Scope, headers: Headers, request_id: str) -> HttpError | None:
+        """Return why this request is not served, or note whose it is."""
         try:
             self._hosts.check(headers.getlist("host"), self._api_keys.keys is not None)
             self._check_origin(headers)
             scope["state"]["account"], scope["state"]["has_key"] = self._account(scope, headers, request_id)
         except HttpError as error:
-            await self._turns.begin(_address_of(scope))
-            await error.response(scope["path"])(scope, receive, send_with_id)
-            return
-        path = _address_of(scope)
-        if scope["state"]["has_key"]:
-            path = (f"key {scope['state']['account']}", "")
-        await self._turns.begin(path)
-        scope["state"]["wait_turn"] = partial(self._turns.wait, path)
-        await metered(self._app(scope, receive, send_with_id), partial(self._turns.charge, path[0]))
+            return error
+        return None
 
     def _check_origin(self, headers: Headers) -> None:
         """Refuse pages of other sites: a browser on this machine can reach what is closed to the network.

@@ -19,6 +19,8 @@ from collections.abc import Awaitable, Callable, Generator
 from types import coroutine
 from typing import Any
 
+from starlette.requests import ClientDisconnect
+
 from mgpu.orchestrator.gateway.front.fair_turns import FairTurns
 from mgpu.orchestrator.gateway.front.pace import FEW_CORES, SHARE_OF_FEW_CORES, Modest, Pace
 
@@ -44,20 +46,30 @@ class LoopTurns:
         """In this turn so far."""
         self._next_look: asyncio.Handle | None = None
 
-    async def begin(self, path: TurnPath) -> None:
-        """Count a new request, and return when its turn has come."""
+    async def begin(self, path: TurnPath, left: "asyncio.Future[None] | None" = None) -> None:
+        """Count a new request, and return when its turn has come. ClientDisconnect as in `wait`."""
         self.charge(path[0], REQUEST_S)
-        await self.wait(path)
+        await self.wait(path, left)
 
-    async def wait(self, path: TurnPath) -> None:
-        """Return when the turn of this account has come; at once if its owner has cost little."""
+    async def wait(self, path: TurnPath, left: "asyncio.Future[None] | None" = None) -> None:
+        """Return when the turn of this account has come; at once if its owner has cost little.
+
+        ClientDisconnect as soon as ``left`` is done: nobody waits for the answer any more.
+        """
         if self._modest.has(path[0]):
             return
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._line.put(path, future)
+        if left is not None:
+            left.add_done_callback(lambda _: future.cancel())
         if self._next_look is None:
             self._next_look = asyncio.get_running_loop().call_soon(self._look)
-        await future
+        try:
+            await future
+        except asyncio.CancelledError:
+            if left is not None and left.done():
+                raise ClientDisconnect from None
+            raise
 
     def charge(self, owner: str, cpu_s: float) -> None:
         """Note what an owner has cost."""
@@ -77,12 +89,15 @@ class LoopTurns:
             return
         if wait_s := self._pace.wait_s():
             self._next_look = loop.call_later(wait_s, self._look)
-        elif (found := self._line.take()) is not None:
+            return
+        while (found := self._line.take()) is not None:
             path, future = found
-            self._taken = (path[0], path[1])
-            if not future.done():  # else its task has been cancelled
+            if not future.done():
+                self._taken = (path[0], path[1])
                 future.set_result(None)
-            self._next_look = loop.call_soon(self._look)  # behind the task that this wakes
+                self._next_look = loop.call_soon(self._look)  # behind the task that this wakes
+                return
+            self._line.charge(path, 0.0)  # its client has left
 
 
 @coroutine

@@ -4,6 +4,7 @@ import asyncio
 import time
 
 import pytest
+from starlette.requests import ClientDisconnect
 
 from mgpu.orchestrator.gateway.front.pace import MOST_OWN_S, MOST_S, SHARE_OF_FEW_CORES
 from mgpu.orchestrator.http.edge.loop_turns import LoopTurns, TurnPath, metered
@@ -133,3 +134,25 @@ def test_a_work_can_be_cancelled() -> None:
 
 async def _metered_sleep() -> None:
     await metered(asyncio.sleep(60), lambda _seconds: None)
+
+
+def test_who_leaves_the_line_ends_at_once_and_holds_up_nobody() -> None:
+    async def run() -> None:
+        loop, clock = asyncio.get_running_loop(), Clock()
+        turns = LoopTurns(1, clock)
+        costly(turns, A, A)
+        futures = [loop.create_future() for _ in range(3)]
+        requests = [asyncio.create_task(turns.begin(A, left)) for left in futures]
+        await asyncio.sleep(0.01)
+        for left in futures[:2]:
+            left.set_result(None)
+        await asyncio.sleep(0.01)
+        assert [each.done() for each in requests] == [True, True, False], "there is no time for a turn"
+        for each in requests[:2]:
+            with pytest.raises(ClientDisconnect):
+                await each
+        clock.now_s += 10.0
+        turns._look()
+        await asyncio.wait_for(requests[2], 5.0)
+
+    asyncio.run(run())
