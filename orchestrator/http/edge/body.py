@@ -53,8 +53,10 @@ async def read_object(request: Request) -> dict[str, object]:
     data = bytearray()
     try:
         await _read(request, data)
+        state = request.scope["state"]
         if len(data) > LARGE_BYTES:
-            await request.scope["state"]["wait_turn"]()
+            await state["wait_turn"]()
+        state["charge_front"](len(data))
         return parse_object(bytes(data))
     finally:
         _forget(len(data))

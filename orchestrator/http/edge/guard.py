@@ -81,6 +81,7 @@ class Guard:
             await refusal.response(scope["path"])(scope, receive, send_with_id)
             return
         scope["state"]["wait_turn"] = partial(self._turns.wait, path, left)
+        scope["state"]["charge_front"] = partial(self._turns.charge_front, path[0])
         await metered(self._app(scope, receive, send_with_id), partial(self._turns.charge, path[0]))
 
     def _refusal(self, scope: Scope, headers: Headers, request_id: str) -> HttpError | None:

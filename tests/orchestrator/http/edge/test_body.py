@@ -20,7 +20,8 @@ def request_of(pieces: Iterator[bytes], *more: tuple[bytes, bytes]) -> Request:
 
     headers = [(b"content-type", b"application/json"), *more]
     scope = {"type": "http", "method": "POST", "path": "/", "headers": headers, "query_string": b""}
-    return Request(scope | {"state": {"wait_turn": partial(asyncio.sleep, 0)}}, receive)
+    state = {"wait_turn": partial(asyncio.sleep, 0), "charge_front": lambda _nbytes: None}
+    return Request(scope | {"state": state}, receive)
 
 
 def read(*pieces: bytes) -> dict[str, object]:
@@ -125,13 +126,15 @@ def test_a_text_without_an_end_is_looked_at_once(data: bytes) -> None:
 
 def test_a_large_body_waits_for_its_turn_and_counts_meanwhile() -> None:
     held: list[int] = []
+    charged: list[int] = []
 
     async def wait_turn() -> None:
         held.append(body._Held.nbytes)
 
     for size in (100, body.LARGE_BYTES + 100):
         request = request_of(iter((b'{"a": 1}' + b" " * size,)))
-        request.scope["state"] = {"wait_turn": wait_turn}
+        request.scope["state"] = {"wait_turn": wait_turn, "charge_front": charged.append}
         assert asyncio.run(body.read_object(request)) == {"a": 1}
     assert held == [body.LARGE_BYTES + 108]
+    assert charged == [108, body.LARGE_BYTES + 108]
     assert body._Held.nbytes == 0
