@@ -1,7 +1,7 @@
 """A scheduler and the model of one worker in one process: requests as a server runs them, without its processes."""
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -10,8 +10,9 @@ from harness.scheduler_driver import submit_of
 from mgpu.orchestrator.scheduler.limits import Limits
 from mgpu.orchestrator.scheduler.scheduler import Scheduler
 from mgpu.protocol.checkpoint.read import Checkpoint
-from mgpu.protocol.internal.worker_messages import StepResult
+from mgpu.protocol.internal.worker_messages import RowSampling, StepResult, TokenLogprobs
 from mgpu.protocol.model.kv_pools import PoolSize
+from mgpu.protocol.model.quantization import Quant
 from mgpu.worker.models.build import DecoderStage, build_stage, load_weights
 from mgpu.worker.state.kv_cache import KvCache
 from mgpu.worker.state.rows import RowTable
@@ -26,18 +27,29 @@ class Request:
 
     prompt_ids: list[int]
     max_tokens: int
+    num_logprobs: int = -1
 
 
 class ScheduledModel:
     """A model with its weights, for any number of runs with other pools."""
 
     @torch.inference_mode()
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = CPU,
+        quant: Quant = "none",
+    ) -> None:
         self.facts, self._dtype, self._device = checkpoint.facts, dtype, device
+        self.has_graphs = False
+        """True if steps of the last run could be CUDA graphs."""
+        self.logprobs: dict[int, list[TokenLogprobs]] = {}
+        """Of the last run, by the number of a request."""
         place, links = alone()
         layers = range(self.facts.num_layers)
         self._stage: DecoderStage = build_stage(
-            self.facts, place, layers, links.group, dtype, device, folder=checkpoint.source.path
+            self.facts, place, layers, links.group, dtype, device, quant, folder=checkpoint.source.path
         )
         load_weights(self._stage, checkpoint, lambda count: None)
 
@@ -49,8 +61,10 @@ class ScheduledModel:
         """
         scheduler, runner = Scheduler(limits), self._runner(limits)
         answers: list[list[int]] = [[] for _ in requests]
+        self.logprobs, self.has_graphs = {}, runner._graphs is not None
         for number, request in enumerate(requests):
-            scheduler.submit(submit_of(number, request.prompt_ids, request.max_tokens))
+            submit = submit_of(number, request.prompt_ids, request.max_tokens)
+            scheduler.submit(replace(submit, sampling=RowSampling(num_logprobs=request.num_logprobs)))
         results: deque[StepResult] = deque()
         while scheduler.num_live:
             while (plan := scheduler.schedule()) is not None:
@@ -63,12 +77,15 @@ class ScheduledModel:
                     runner = self._runner(limits)
                     continue
                 sampled = runner.run(plan)
-                results.append(StepResult(plan.epoch, plan.step, sampled.ids_S.tolist() if sampled else [], None, 0))
+                ids, logprobs = (sampled.ids_S.tolist(), sampled.logprob_list()) if sampled else ([], None)
+                results.append(StepResult(plan.epoch, plan.step, ids, logprobs, 0))
             scheduler.apply(results.popleft())
             if (outputs := scheduler.take_outputs()) is not None:
                 for number, tokens, error in zip(outputs.sequence_ids, outputs.token_ids, outputs.errors, strict=True):
                     assert not error, error
                     answers[number].extend(tokens)
+                for number, logprobs in zip(outputs.sequence_ids, outputs.logprobs, strict=True):
+                    self.logprobs.setdefault(number, []).extend(logprobs)
         scheduler.check_integrity()
         runner.close()
         return answers, scheduler

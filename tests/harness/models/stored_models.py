@@ -1,6 +1,7 @@
 """Small models in every stored format, each packed and with the same numbers dense."""
 
 import json
+import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -110,6 +111,21 @@ def write_gguf_experts(folder: Path, family: str, **sizes: object) -> Stored:
         (folder / f"{name}.gguf").write_bytes(each.data())
         found.append(read_checkpoint(folder / f"{name}.gguf"))
     return Stored(*found)
+
+
+def write_gguf_experts_in(folder: Path, kind: str) -> Stored:
+    """Write a GGUF file with experts all of whose matrices are random blocks of one type."""
+    sizes = {"hidden_size": _BLOCK, "moe_intermediate_size": _BLOCK, "head_dim": 64, "mlp_only_layers": []}
+    parts = converted(make_model("qwen3-moe", **sizes), "qwen3moe", Kind.F32)
+    for name, (shape, _, _) in parts.tensors.items():
+        if len(shape) < 2 or shape[-1] % _BLOCK or "ffn_gate_inp" in name:
+            continue
+        blocks = made(random.Random(name), kind, math.prod(shape[:-1]), shape[-1])
+        blocks = _with_exponents(blocks) if kind == "MXFP4" else blocks
+        parts.tensors[name] = shape, int(Kind[kind]), blocks.data
+    (folder / "packed.gguf").write_bytes(parts.data())
+    packed = read_checkpoint(folder / "packed.gguf")
+    return Stored(packed, widened(packed))
 
 
 def _mxfp4(folder: Path) -> Stored:
