@@ -28,6 +28,10 @@ def gpt_oss_tensors(
     hidden, width, count = facts.hidden_size, facts.experts.width, facts.experts.count
     outputs, inputs = (2 * width, hidden) if stacked == "gate_up" else (hidden, width)
     if kind == "_scales":
+        if (blocks := f"{head}.{stacked}_proj_blocks") not in tensors:
+            raise CheckpointError(
+                f"{entry.file}: tensor {name!r} has no {blocks!r} beside it; download the folder again"
+            )
         return {}
     if kind == "":
         check_shape(entry, (count, inputs, outputs))
@@ -71,7 +75,9 @@ def _mxfp4(entry: TensorEntry, scales: TensorEntry, expert: int, outputs: int, i
 def _scales_of(name: str, entry: TensorEntry, tensors: Mapping[str, TensorEntry]) -> TensorEntry:
     scales = tensors.get(name.replace("_blocks", "_scales"))
     if scales is None or scales.dtype != "U8" or entry.dtype != "U8":
-        raise CheckpointError(f"{entry.file}: tensor {entry.name!r} has no scales of type U8 beside it")
+        raise CheckpointError(
+            f"{entry.file}: tensor {entry.name!r} has no scales of type U8 beside it; download the folder again"
+        )
     return scales
 
 

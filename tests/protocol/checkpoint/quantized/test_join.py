@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.broken.models import MODELS, write_model
 from harness.models.model_files import LLAMA_CONFIG, safetensors_bytes
 from mgpu.protocol.checkpoint.read import Checkpoint, CheckpointError, expected_tensors, read_checkpoint
 
@@ -190,3 +191,13 @@ def test_packed_weights_of_bitsandbytes_without_a_configuration_are_refused(tmp_
         (tmp_path / f"model-0000{index}-of-00002.safetensors").write_bytes(safetensors_bytes(tensors, kind))
     said = refusal(tmp_path)
     assert f"tensor '{DOWN}.weight' is stored as U8, and no quantization_config in config.json says how" in said
+
+
+@pytest.mark.parametrize(("missing", "left"), [("_blocks", "_scales"), ("_scales", "_blocks")])
+def test_mxfp4_without_one_of_its_parts_is_refused_by_the_name_of_the_other(
+    tmp_path: Path, missing: str, left: str
+) -> None:
+    stem = "model.layers.0.mlp.experts.down_proj"
+    said = refusal(write_model(MODELS["mxfp4"].with_tensor(stem + missing, None), tmp_path))
+    assert f"tensor '{stem}{left}' has no" in said
+    assert "download the folder again" in said
