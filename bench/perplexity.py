@@ -17,6 +17,8 @@ Q4_K_M is that format already, so that its "float32" is llama.cpp's quality.
 
 "fp8" and "8" are weight-only, as on the CPU. "fp8-w8a8" rounds the activations of linear layers too, as GPUs with
 float8 products do for many rows; "8-integers" rounds them to 16 bits, as Hopper does; "8-w8a8" would round them to 8.
+"rounded" rounds the weights of the file to float8, "rows-fp8" activations, and "rounded-rows-fp8" both, as Hopper does
+for many rows with weights of up to 5 bits; "4-rounded-rows-fp8" does so with int4.
 """
 
 # T tokens of a window, V vocabulary, O outputs, I inputs of a matrix, E inputs of a group
@@ -46,6 +48,7 @@ from mgpu.worker.layers.linear import Linear
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.models.build import DecoderStage, build_stage
 from mgpu.worker.quantization.float8_rows import SMALLEST, round_rows
+from mgpu.worker.quantization.float8_weights import round_dense
 from mgpu.worker.quantization.integer_rows import round_integers
 from mgpu.worker.quantization.packing import dequantize
 from mgpu.worker.quantization.quantize import quantize
@@ -144,7 +147,14 @@ FORMATS = {
     "8-integers": Format(rounding=int8, rounds_inputs=round_integers),
     "8-w8a8": Format(rounding=int8, rounds_inputs=octets),
     "4": Format(quant="4"),
+    "rounded": Format(rounding=round_dense),
+    "rows-fp8": Format(rounds_inputs=round_rows),
+    "rounded-rows-fp8": Format(rounding=round_dense, rounds_inputs=round_rows),
+    "4-rounded-rows-fp8": Format(rounding=lambda weight: round_dense(searched(weight)), rounds_inputs=round_rows),
     "4-shifted": Format(rounding=regrouped(shifted, searched)),
+    "4-shifted-rounded-rows-fp8": Format(
+        rounding=lambda weight: round_dense(regrouped(shifted, searched)(weight)), rounds_inputs=round_rows
+    ),
     "4-shuffled": Format(rounding=regrouped(shuffled, searched)),
     "4-plain": Format(rounding=plain),
     "4-plain-shifted": Format(rounding=regrouped(shifted, plain)),

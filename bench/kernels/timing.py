@@ -161,6 +161,7 @@ KERNEL_MODULES = tuple(
         "peers.two_shot",
         "products.warpgroup.gemm",
         "products.warpgroup.float8_gemm",
+        "products.warpgroup.rounded_gemm",
         "products.warpgroup.block_gemm",
         "products.warpgroup.integer_gemm",
         "products.warpgroup.octet_gemm",

@@ -98,8 +98,8 @@ class Workspace:
     """int32 [m]."""
 
     @staticmethod
-    def create(device: torch.device, num_floats: int = 1 << 23, num_counters: int = 1 << 14) -> "Workspace":
-        """Allocate; the defaults (32 MiB) serve 256 rows of attention and every projection of a 70B model."""
+    def create(device: torch.device, num_floats: int = 9 << 20, num_counters: int = 1 << 14) -> "Workspace":
+        """Allocate; the defaults (36 MiB) serve 256 rows of attention and every projection of a 70B model."""
         partials = torch.empty(num_floats, dtype=torch.float32, device=device)
         return Workspace(partials, torch.zeros(num_counters, dtype=torch.int32, device=device))
 

@@ -8,6 +8,7 @@ A column-parallel layer followed by a row-parallel one needs a single all-reduce
 # T tokens, I inputs of this rank, O outputs of this rank
 
 import itertools
+import sys
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,9 +19,16 @@ from mgpu.protocol.model.weight_format import DENSE, LayerFormats, WeightFormat
 from mgpu.worker.layers.activations import Activations, Product, scaled
 from mgpu.worker.layers.module import Module
 from mgpu.worker.layers.partial_sum import Delta, sent_product, sum_of_parts, summed_tensor
-from mgpu.worker.layers.products.choose import dense_product, matmul_float8, multiplies_float8, packed_product
+from mgpu.worker.layers.products.choose import (
+    dense_product,
+    held_weight,
+    least_rounded_rows,
+    matmul_float8,
+    multiplies_float8,
+    packed_product,
+)
 from mgpu.worker.layers.products.cpu_matmul import matmul_repacked, pack
-from mgpu.worker.layers.products.cpu_packed import Held, multiply, repack
+from mgpu.worker.layers.products.cpu_packed import Held, multiply
 from mgpu.worker.loaders.reader import WeightReader
 from mgpu.worker.quantization.float8_rows import LEAST_ROWS, Float8Rows
 from mgpu.worker.quantization.packing import PackedWeight
@@ -97,7 +105,9 @@ class Linear(Module):
         self._multiply_packed = packed_product(device, form)
         # The library takes multiples of 16 only.
         is_asked = form.quant == "fp8" and not form.source  # of a checkpoint, outputs have scales of their own
-        self._is_float8 = is_asked and outputs % 16 == 0 and multiplies_float8(device, dtype)
+        is_float8 = is_asked and outputs % 16 == 0 and multiplies_float8(device, dtype)
+        self._float8_rows = LEAST_ROWS if is_float8 else sys.maxsize
+        """Rows from which products are in float8."""
 
     def __call__(self, x_TI: Activations) -> Product:
         return self._product(x_TI, self.bias)
@@ -113,7 +123,7 @@ class Linear(Module):
 
     def takes_float8(self, rows: int) -> bool:
         """Return whether so many rows are multiplied in float8: the layer before may then quantize them."""
-        return self._is_float8 and rows >= LEAST_ROWS
+        return rows >= self._float8_rows
 
     def _product(self, x_TI: Activations, bias_O: Tensor | None) -> Product:
         if isinstance(x_TI, Float8Rows) or self.takes_float8(len(x_TI)):
@@ -167,9 +177,14 @@ class Linear(Module):
         """Repack the loaded weight for the device; called once, after loading."""
         dtype = self.weight.dtype
         if isinstance(self.packed, PackedWeight):
-            self.packed = repack(self.packed, dtype)
+            self.packed = held = held_weight(self.packed, self._form, dtype)
+            if isinstance(held, PackedWeight) and held.power is not None:
+                self._float8_rows = least_rounded_rows()
         elif self.pieces:
-            self.pieces = tuple(repack(each, dtype) if isinstance(each, PackedWeight) else each for each in self.pieces)
+            pairs = zip(self.pieces, self._formats, strict=True)
+            self.pieces = tuple(
+                held_weight(each, form, dtype) for each, form in pairs if isinstance(each, PackedWeight)
+            )
         elif (repacked := pack(self.weight)) is not self.weight:
             self.weight, self._multiply = repacked, matmul_repacked
 

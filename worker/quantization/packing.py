@@ -78,6 +78,8 @@ class PackedWeight:
     supers: Tensor | None = None
     """float16 [N, blocks of 256 inputs, 1 or 2]: what multiplies ``scales``, which are integers then. The bytes of a
     kind int2 have the scale in the lower half and the offset in the upper one."""
+    power: Tensor | None = None
+    """float32 [1], if many rows are multiplied in float8: what brings the largest weight near the largest float8."""
 
     @property
     def nbytes(self) -> int:
@@ -98,7 +100,7 @@ class PackedWeight:
 
     def by_output(self) -> tuple[Tensor, ...]:
         """Return the tensors that have a row for each output, if ``rows`` is 1."""
-        return tuple(tensor for tensor in self.tensors() if tensor is not self.order)
+        return tuple(tensor for tensor in self.tensors() if tensor is not self.order and tensor is not self.power)
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> "PackedWeight":
         """Return the weight with each of its tensors replaced."""
@@ -118,7 +120,7 @@ class PackedWeight:
         return replace(cut, **parts)
 
 
-_TENSORS = ("words", "scales", "zeros", "order", "high", "offsets", "supers")
+_TENSORS = ("words", "scales", "zeros", "order", "high", "offsets", "supers", "power")
 """The fields of a `PackedWeight` that are tensors."""
 
 

@@ -26,10 +26,12 @@ from mgpu.protocol.model.kv_pools import PoolSize, has_pages
 from mgpu.protocol.model.placement import RankPlace
 from mgpu.worker.attention.check import attention_problem
 from mgpu.worker.kernels.products import choose as products
+from mgpu.worker.kernels.products import rounded_product, rounded_trial
 from mgpu.worker.kernels.products.warpgroup import float8_trial, trial
 from mgpu.worker.kernels.runtime import LAUNCH_MODE
 from mgpu.worker.layers import linear, mlp, norm, vocab
 from mgpu.worker.layers.experts import experts, sparse_mlp
+from mgpu.worker.quantization.float8_rows import UnscaledProduct
 from mgpu.worker.ranks import peer_check
 from mgpu.worker.ranks.collectives import MeasurableGroup, SingleRank
 from mgpu.worker.ranks.links import Links
@@ -76,7 +78,12 @@ def use_kernels_on_the_cpu() -> None:
     peers.can_quantize = lambda limits, device: True
     peer_check._error = lambda found, wanted: 0.0
     linear.pack = vocab.pack = lambda weight: weight
-    linear.repack = lambda weight, dtype: weight
+    linear.held_weight = rounded_trial.with_power
+    rounded_trial.has_warpgroups = rounded_trial.multiplies_float8 = lambda device: True
+    rounded_trial.trial_problem = trial.trial_problem
+    rounded_product.multiply_float8 = lambda rows, weight, scale: UnscaledProduct(
+        torch.zeros(len(rows.values), len(weight)), rows.scale_T
+    )
     products.F = type("Shapes", (), {"linear": staticmethod(lambda x, w, b=None: x.new_zeros(len(x), len(w)))})
     graph_pool.GraphPool = graph_pool.Uncaptured = FakePool
     torch.empty = torch.zeros  # what no kernel writes must be a token that exists

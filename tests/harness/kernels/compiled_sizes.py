@@ -10,6 +10,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,13 +30,13 @@ from mgpu.worker.kernels.attention.prefill import prefill_attention
 from mgpu.worker.kernels.experts.choose import ExpertStacks, RouterWeights, sparse_mlp
 from mgpu.worker.kernels.experts.route_and_sort import Choice, route_and_sort
 from mgpu.worker.kernels.layers.float8_codes import quantize_spans
-from mgpu.worker.kernels.layers.float8_quantize import quantize_blocks
+from mgpu.worker.kernels.layers.float8_quantize import quantize_blocks, quantize_rows
 from mgpu.worker.kernels.layers.integer_rows import integer_rows
 from mgpu.worker.kernels.products.choose import quantized_matmul
 from mgpu.worker.kernels.products.dequantize import dequantize_packed
 from mgpu.worker.kernels.products.quantized_gemm import quantized_gemm
 from mgpu.worker.kernels.products.quantized_gemv import quantized_gemv
-from mgpu.worker.kernels.products.warpgroup.trial import span_of
+from mgpu.worker.kernels.products.warpgroup.float8_trial import span_of
 from mgpu.worker.kernels.runtime import Workspace
 from mgpu.worker.quantization.packing import PackedWeight, WeightKind
 from mgpu.worker.quantization.random_packed import random_packed
@@ -105,6 +106,14 @@ def multiply_float8_words(form: WeightFormat, rows: int) -> None:
     weight = random_packed(form, (128,), 1024, torch.Generator().manual_seed(0))
     x = quantize_spans(torch.zeros(rows, 1024, dtype=BF16), 1024, span_of(weight))
     float8_words_gemm(x, weight, workspace=Workspace.create(CPU))
+
+
+def multiply_rounded(form: WeightFormat, rows: int, outputs: int) -> None:
+    from mgpu.worker.kernels.products.warpgroup.rounded_gemm import rounded_gemm
+
+    weight = random_packed(form, (outputs,), 1024, torch.Generator().manual_seed(0))
+    weight = replace(weight, power=torch.ones(1))
+    rounded_gemm(quantize_rows(torch.zeros(rows, 1024, dtype=BF16)), weight, workspace=Workspace.create(CPU))
 
 
 def multiply_octets(form: WeightFormat, rows: int) -> None:
@@ -196,8 +205,10 @@ FLOAT8: tuple[Case, ...] = (
 WARPGROUPS: tuple[Case, ...] = (
     (multiply_words, (WeightFormat("4", 32), 1, 128)),
     (multiply_words, (WeightFormat("4", 128, 1, 2, 1, False, "groups"), 64, 128)),
-    (multiply_float8_words, (WeightFormat("4", 32, 1, 2, 1, False, "groups"), 300)),
+    (multiply_float8_words, (WeightFormat("4", 64, 1, 2, 1, False, "groups"), 300)),
     *((multiply_words, (GGUF_FORMATS[name], 8, 128)) for name in ("Q6_K", "Q2_K", "IQ4_XS")),
+    *((multiply_rounded, (GGUF_FORMATS[name], 65, 128)) for name in ("Q6_K", "Q2_K", "MXFP4")),
+    (multiply_rounded, (GGUF_FORMATS["Q6_K"], 300, 8192)),
     (multiply_integers, (300, 2)),
     (multiply_blocks, (64,)),
     (multiply_octets, (GGUF_FORMATS["Q8_0"], 300)),

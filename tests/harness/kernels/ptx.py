@@ -24,8 +24,8 @@ def run_ptx(text: str, registers: Mapping[str, int]) -> dict[str, int]:
 
 
 def _result(name: str, given: list[int]) -> int:
-    if name == "mov.b32":
-        return given[0]
+    if name == "mov.b32":  # two halves, in braces, become a word
+        return given[0] if len(given) == 1 else given[0] | given[1] << 16
     if name == "and.b32":
         return given[0] & given[1]
     if name == "or.b32":
@@ -51,11 +51,20 @@ def _result(name: str, given: list[int]) -> int:
     if name in ("sub.rn.bf16x2", "mul.rn.bf16x2"):
         a, b = (_pair(each).double() for each in given)
         return _bits((a * b if name.startswith("mul") else a - b).to(_HALVES))
+    if name == "fma.rn.f16x2":
+        a, b, c = (_pair(each, torch.float16).double() for each in given)
+        return _bits((a * b + c).to(torch.float16))
+    if name == "mul.rn.f16x2":
+        a, b = (_pair(each, torch.float16).double() for each in given)
+        return _bits((a * b).to(torch.float16))
+    if name == "cvt.rn.satfinite.e4m3x2.f16x2":
+        octets = _pair(given[0], torch.float16).float().clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+        return int(octets[0]) | int(octets[1]) << 8
     raise AssertionError(f"unknown instruction {name}")
 
 
-def _pair(bits: int) -> torch.Tensor:
-    return torch.tensor([bits & 0xFFFF, bits >> 16], dtype=torch.int32).to(torch.uint16).view(_HALVES)
+def _pair(bits: int, dtype: torch.dtype = _HALVES) -> torch.Tensor:
+    return torch.tensor([bits & 0xFFFF, bits >> 16], dtype=torch.int32).to(torch.uint16).view(dtype)
 
 
 def _bits(pair: torch.Tensor) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mgpu.protocol.model.facts import Activation
 from mgpu.protocol.model.weight_format import WeightFormat
+from mgpu.worker.kernels.layers.float8_quantize import quantize_rows
 from mgpu.worker.kernels.products.dequantize import dequantize_packed
 from mgpu.worker.kernels.products.float8_blocks import LEAST_ROWS, block_product, multiplies_blocks, takes_blocks
 from mgpu.worker.kernels.products.gemv import gemv
@@ -17,6 +18,8 @@ from mgpu.worker.kernels.products.group_parts import takes
 from mgpu.worker.kernels.products.integer_gemv import integer_gemv, takes_integers
 from mgpu.worker.kernels.products.quantized_gemm import quantized_gemm
 from mgpu.worker.kernels.products.quantized_gemv import quantized_gemv
+from mgpu.worker.kernels.products.rounded_product import LEAST_ROWS as ROUNDED_ROWS
+from mgpu.worker.kernels.products.rounded_product import rounded_product
 from mgpu.worker.kernels.products.warpgroup import blocks_trial, float8_trial, integer_trial, octet_trial
 from mgpu.worker.kernels.products.warpgroup.trial import WordsProduct, takes_words, words_product
 from mgpu.worker.quantization.float8_rows import BLOCK
@@ -55,6 +58,9 @@ def matmul(x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
 def quantized_matmul(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None = None) -> Tensor:
     """Multiply by the dequantized weight's transpose; many rows dequantize it once, into temporary memory."""
     rows = x_TI.shape[0]
+    if weight.power is not None and rows >= ROUNDED_ROWS:
+        y_TO = rounded_product(quantize_rows(x_TI), weight).scaled()
+        return y_TO if bias_O is None else y_TO.add_(bias_O)
     if rows > 1 and (product := _warpgroup_product(rows, weight, x_TI.dtype)):
         return product(x_TI, weight, bias_O)
     if rows == 1 and takes_integers(weight, x_TI.dtype):
@@ -66,6 +72,13 @@ def quantized_matmul(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None =
     if rows <= GEMM_ROWS[weight.kind]:
         return quantized_gemm(x_TI, weight, bias_N=bias_O)
     return F.linear(x_TI, dequantize_packed(weight, x_TI.dtype), bias_O)
+
+
+def most_rows_at_once(weight: PackedWeight, dtype: torch.dtype) -> int:
+    """Return how many rows are multiplied without widening the weight as a whole."""
+    if octet_trial.takes_groups(weight, dtype) and octet_trial.groups_product(weight.words.device):
+        return octet_trial.MOST_ROWS
+    return most_rows(weight)
 
 
 def _warpgroup_product(rows: int, weight: PackedWeight, dtype: torch.dtype) -> WordsProduct | None:
@@ -93,7 +106,8 @@ def _blocks_product(rows: int, weight: PackedWeight, name: str) -> WordsProduct 
 def _words_product(rows: int, weight: PackedWeight) -> WordsProduct | None:
     """Return the product of so many rows with 4-bit words, if it is one by warpgroups."""
     device = weight.words.device
-    if float8_trial.LEAST_ROWS <= rows <= float8_trial.MOST_ROWS:
+    is_many = float8_trial.LEAST_ROWS <= rows <= float8_trial.MOST_ROWS
+    if is_many and float8_trial.takes_groups(weight):
         product = float8_trial.float8_words_product(device)
         if product is not None:
             return product

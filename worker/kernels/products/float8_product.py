@@ -31,11 +31,16 @@ def float8_product(rows: Float8Rows, weight: PackedWeight) -> UnscaledProduct:
 
     All scales of the weight must be the same, as `quantize` makes them, and N a multiple of 16.
     """
+    return multiply_float8(rows, weight.words.view(torch.float8_e4m3fn), weight.scales[:1])
+
+
+def multiply_float8(rows: Float8Rows, weight_NK: Tensor, scale: Tensor) -> UnscaledProduct:
+    """Multiply by the transpose of ``weight * scale``, in bfloat16. The weight has channels in the order of rows."""
     values_TN = torch._scaled_mm(
         rows.values,
-        weight.words.view(torch.float8_e4m3fn).t(),
+        weight_NK.t(),
         scale_a=_one(rows.values.device),
-        scale_b=weight.scales[:1],
+        scale_b=scale.view(1, 1),
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )

@@ -161,21 +161,24 @@ def _weights(words, high, table_ptr, scale, bias, PART: tl.constexpr, KIND: tl.c
 
 @triton.jit
 def words_to_weights(
-    words, high, scale_ptr, zero_ptr, offset_ptr, super_ptr, table_ptr, rows, block, groups, supers,
+    words, high, scale_ptr, zero_ptr, offset_ptr, super_ptr, table_ptr, rows, block, groups, supers, power,
     KIND: tl.constexpr, GROUP: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Return the weights [ROWS, 256] of a block of words: those of a word side by side, from its lowest bits on."""
+    """Return the weights [ROWS, 256] of a block of words: those of a word side by side, from its lowest bits on.
+
+    They are multiplied by ``power``.
+    """
     k = block * 256 + tl.arange(0, 8) * 32
     scale, bias = group_factors(
         scale_ptr, zero_ptr, offset_ptr, super_ptr, rows, k, groups, supers, KIND, GROUP, SHARED
     )
-    scale, bias = of_words(scale, ROWS), of_words(bias, ROWS)
+    scale, bias = of_words(scale * power, ROWS), of_words(bias * power, ROWS)
     last_scale, last_bias = scale, bias
     if GROUP == 16:
         last_scale, last_bias = group_factors(
             scale_ptr, zero_ptr, offset_ptr, super_ptr, rows, k + 16, groups, supers, KIND, GROUP, SHARED
         )
-        last_scale, last_bias = of_words(last_scale, ROWS), of_words(last_bias, ROWS)
+        last_scale, last_bias = of_words(last_scale * power, ROWS), of_words(last_bias * power, ROWS)
     even = tl.join(
         tl.join(
             _weights(words, high, table_ptr, scale, bias, 0, KIND, DTYPE),

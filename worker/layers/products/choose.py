@@ -14,6 +14,7 @@ from torch import Tensor
 from mgpu.protocol.model.weight_format import WeightFormat
 from mgpu.worker.kernels.use import uses_kernels
 from mgpu.worker.layers.products import cpu_matmul
+from mgpu.worker.layers.products.cpu_packed import Held, repack
 from mgpu.worker.quantization.float8_rows import Float8Rows, UnscaledProduct
 from mgpu.worker.quantization.packing import PackedWeight, dequantize
 
@@ -61,10 +62,10 @@ def packed_head_product(device: torch.device, form: WeightFormat) -> PackedProdu
     multiply = packed_product(device, form)
     if not uses_kernels(device):
         return multiply
-    from mgpu.worker.kernels.products.group_gemm import most_rows
+    from mgpu.worker.kernels.products.choose import most_rows_at_once
 
     def product(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None = None) -> Tensor:
-        step = most_rows(weight)
+        step = most_rows_at_once(weight, x_TI.dtype)
         if len(x_TI) <= step:
             return multiply(x_TI, weight, bias_O)
         parts = [x_TI[first : first + step] for first in range(0, len(x_TI), step)]
@@ -104,8 +105,26 @@ def multiplies_float8(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def matmul_float8(x_TI: Tensor | Float8Rows, weight: PackedWeight) -> UnscaledProduct:
-    """Return ``x @ w.T`` where `multiplies_float8`; quantize x if it is not yet."""
+    """Return ``x @ w.T`` in float8; quantize x if it is not yet."""
     from mgpu.worker.kernels.layers.float8_quantize import quantize_rows
     from mgpu.worker.kernels.products.float8_product import float8_product
+    from mgpu.worker.kernels.products.rounded_product import rounded_product
 
-    return float8_product(x_TI if isinstance(x_TI, Float8Rows) else quantize_rows(x_TI), weight)
+    rows = x_TI if isinstance(x_TI, Float8Rows) else quantize_rows(x_TI)
+    return float8_product(rows, weight) if weight.power is None else rounded_product(rows, weight)
+
+
+def held_weight(weight: PackedWeight, form: WeightFormat, dtype: torch.dtype) -> Held:
+    """Return a loaded weight as products of its device take it. Must not be called within the capture of a graph."""
+    if not uses_kernels(weight.words.device):
+        return repack(weight, dtype)
+    from mgpu.worker.kernels.products.rounded_trial import with_power
+
+    return with_power(weight, form, dtype)
+
+
+def least_rounded_rows() -> int:
+    """Return from how many rows on weights with a ``power`` are multiplied in float8."""
+    from mgpu.worker.kernels.products.rounded_product import LEAST_ROWS
+
+    return LEAST_ROWS

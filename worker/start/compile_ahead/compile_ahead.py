@@ -177,6 +177,7 @@ class CompileAhead:
         stage.assume_kernels()
         if spec.layout.quant != "none" or facts.formats:
             init_linear(stage)
+            stage.finalize()
         return stage
 
     def _run_steps(self, stage: DecoderStage, rows: RowTable, cache: KvCache) -> None:

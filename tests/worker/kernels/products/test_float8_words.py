@@ -11,15 +11,14 @@ from harness.kernels.ptx import run_ptx
 from mgpu.protocol.model.weight_format import WeightFormat
 from mgpu.worker.kernels.layers.float8_codes import quantize_spans
 from mgpu.worker.kernels.products import choose
-from mgpu.worker.kernels.products.warpgroup import codes, float8_gemm, float8_trial, trial
+from mgpu.worker.kernels.products.warpgroup import codes, float8_gemm, float8_trial
 from mgpu.worker.kernels.runtime import HOPPER_SMS, LAUNCH_MODE, default_workspace, workspace_for
 from mgpu.worker.quantization.float8_rows import round_rows
-from mgpu.worker.quantization.packing import PackedWeight, dequantize, pack_int4
+from mgpu.worker.quantization.packing import PackedWeight, dequantize
 from mgpu.worker.quantization.random_packed import random_packed
 
 CPU = torch.device("cpu")
 FORMS = {
-    "pairs": None,
     "GPTQ": WeightFormat("4", 128, 1, 2, 1, source="GPTQ"),
     "groups of 64": WeightFormat("4", 64, 1, 2, 1, source="x"),
     "a scale per output": WeightFormat("4", 0, 1, 4, source="x"),
@@ -28,12 +27,7 @@ FORMS = {
 
 def make(name: str, outputs: int, inputs: int, device: torch.device) -> PackedWeight:
     generator = torch.Generator(device).manual_seed(0)
-    form = FORMS[name]
-    if form is None:
-        q = torch.randint(-8, 8, (outputs, inputs), generator=generator, device=device)
-        numbers = (torch.randn(outputs, -(-inputs // 32), generator=generator, device=device) for _ in range(2))
-        return pack_int4(q, *numbers, 32)
-    weight = random_packed(form, (outputs,), inputs, generator)
+    weight = random_packed(FORMS[name], (outputs,), inputs, generator)
     weight.scales.mul_(torch.rand(weight.scales.shape, generator=generator, device=device).add_(0.5))
     if weight.zeros is not None:
         weight.zeros.random_(-8, 9, generator=generator)
@@ -51,18 +45,14 @@ def test_codes_times_rows_scales_and_offsets_are_the_product(name: str, device: 
     """What the kernel for Hopper computes, in plain torch, with rows that a kernel has quantized."""
     weight = make(name, 24, 640, device)
     x = torch.randn(5, 640, device=device).bfloat16()
-    span = trial.span_of(weight)
+    span = float8_trial.span_of(weight)
     rows = quantize_spans(x, weight.words.shape[1] * 8, span)
     values_TK = rows.values.float()
     group_S = torch.arange(values_TK.shape[1] // span, device=device) * span // (weight.group or weight.k)
     group_S.clamp_(max=weight.scales.shape[1] - 1)
-    if weight.has_pairs:
-        pairs_NS2 = weight.scales.view(torch.bfloat16).view(24, -1, 2).float()[:, group_S]
-        scales_NS, offsets_NS = pairs_NS2[..., 0], pairs_NS2[..., 1] - 8 * pairs_NS2[..., 0]
-    else:
-        scales_NS = weight.scales.float()[:, group_S]
-        zeros_NS = 0 if weight.zeros is None else weight.zeros.float()[:, group_S]
-        offsets_NS = -(8 + zeros_NS) * scales_NS
+    scales_NS = weight.scales.float()[:, group_S]
+    zeros_NS = 0 if weight.zeros is None else weight.zeros.float()[:, group_S]
+    offsets_NS = -(8 + zeros_NS) * scales_NS
     products_NTS = (operand(weight)[:, None] * values_TK).view(24, 5, -1, span).sum(3)
     sums_TS = rows.sums_TS[:, : len(group_S)].float()
     found_TN = ((products_NTS * scales_NS[:, None]).sum(2) + offsets_NS @ sums_TS.T).T * rows.scale_T[:, None]
@@ -109,7 +99,7 @@ def test_products_equal_those_of_rounded_rows(name: str) -> None:
         weight = make(name, outputs, inputs, device)
         x, bias = torch.randn(rows, inputs, device=device).bfloat16(), torch.randn(outputs, device=device).bfloat16()
         expected = round_rows(x) @ dequantize(weight, torch.float32).T
-        quantized = quantize_spans(x, weight.words.shape[1] * 8, trial.span_of(weight))
+        quantized = quantize_spans(x, weight.words.shape[1] * 8, float8_trial.span_of(weight))
         assert relative_error(float8_gemm.float8_words_gemm(quantized, weight), expected) < 6e-3
         found = float8_gemm.float8_words_gemm(quantized, weight, bias_N=bias)
         assert relative_error(found, expected + bias) < 6e-3
@@ -122,6 +112,8 @@ def test_the_number_of_rows_decides_which_product_serves(monkeypatch: pytest.Mon
     for name in FORMS:
         found = [choose._words_product(rows, make(name, 8, 256, cpu)) for rows in (2, 64, 65, 512, 513)]
         assert found == ["words", "words", "float8", "float8", None]
+    small = random_packed(WeightFormat("4", 32, 1, 2, 1, source="x"), (8,), 256, torch.Generator())
+    assert choose._words_product(65, small) == "words"
 
 
 def test_a_device_that_fails_the_trial_stays_weight_only(monkeypatch: pytest.MonkeyPatch) -> None:

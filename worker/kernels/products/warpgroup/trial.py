@@ -32,11 +32,6 @@ def takes_words(weight: PackedWeight, dtype: torch.dtype) -> bool:
     return weight.scales.dtype.is_floating_point and weight.group % 32 == 0 and not is_shifted
 
 
-def span_of(weight: PackedWeight) -> int:
-    """Return the channels that a float8 product has at once with one scale: those of a group, or a part of them."""
-    return next(span for span in (128, 64, 32) if weight.group % span == 0)
-
-
 def words_product(device: torch.device) -> WordsProduct | None:
     """Return the product of 4-bit words by warpgroups; None where it does not work.
 
