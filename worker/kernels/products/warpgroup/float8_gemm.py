@@ -1,5 +1,5 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
-"""Products of many float8 rows with 4-bit words on Hopper (W4A8): codes are float8 as they lie in their words.
+"""Products of many float8 rows with 4-bit words in groups of 64 and more on Hopper (W4A8): no code is converted.
 
 Activations are rounded, weights are not (`codes`). A weight is ``code * scale + bias``. The scale of a group multiplies
 the group's sums, in float32. The bias multiplies the sums of the group's activations, as one more product, in bfloat16:
@@ -27,11 +27,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mgpu.worker.kernels.layers.float8_codes import SpanRows
-from mgpu.worker.kernels.products.warpgroup.codes import STEP, X_TILES, byte_layout, codes_of, scale_layout
-from mgpu.worker.kernels.products.warpgroup.float8_steps import add_step, factors_of, load_biases, load_scales
+from mgpu.worker.kernels.products.warpgroup.codes import (
+    CODE_FACTOR,
+    STEP,
+    X_TILES,
+    byte_layout,
+    codes_of,
+    scale_layout,
+)
+from mgpu.worker.kernels.products.warpgroup.float8_steps import add_step, load_biases, load_scales
 from mgpu.worker.kernels.products.warpgroup.parts import add_parts, fewest_steps, place, share
 from mgpu.worker.kernels.products.warpgroup.tile_end import let_next_start, store_tile, wait_for_earlier
-from mgpu.worker.kernels.products.warpgroup.widen import GROUPS, PAIRS
 from mgpu.worker.kernels.runtime import (
     Workspace,
     ceil_div,
@@ -119,7 +125,7 @@ def _copy(
 def _multiply(
     HALF: gl.constexpr, ring_buffers, barriers, factors, outputs,
     M, N, groups, tiles, columns, steps, y_stride,
-    KIND: gl.constexpr, SPAN: gl.constexpr, PER_GROUP: gl.constexpr,
+    SPAN: gl.constexpr, PER_GROUP: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, EVEN: gl.constexpr,
     BYTES: gl.constexpr, SCALES: gl.constexpr, SUM_TILES: gl.constexpr,
 ):  # fmt: skip
@@ -154,7 +160,7 @@ def _multiply(
             codes = codes_of(ws.index(slot).slice(HALF * ROWS, ROWS, dim=0).load(BYTES), ROWS, OPERAND)
             x = xs.index(slot).permute((1, 0))
             acc, even, odd = add_step(
-                acc, even, odd, never, codes, x, factors_of(scales, KIND), SPAN, ROWS, OPERAND, SUMS
+                acc, even, odd, never, codes, x, scales.to(gl.float32) * CODE_FACTOR, SPAN, ROWS, OPERAND, SUMS
             )
             gl.thread_barrier()
             mbarrier.arrive(empty.index(slot), count=1)
@@ -168,7 +174,7 @@ def _multiply(
             slot = ring % STAGES
             biases = load_biases(
                 scale_ptr, zero_ptr, wide_n, wide_span + chunk * 64, begin * SPANS, (begin + count) * SPANS, groups,
-                KIND, PER_GROUP,
+                PER_GROUP,
             )  # fmt: skip
             mbarrier.wait(full.index(slot), ring // STAGES & 1)
             sums = xs.index(slot)._reinterpret(gl.bfloat16, [BLOCK_M, 64], SUM_TILES)
@@ -191,7 +197,7 @@ def _multiply(
 def _float8_words_kernel(
     w_tiles, x_tiles, sum_tiles, x_scale_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr,
     M, N, groups, tiles, columns, steps, y_stride,
-    KIND: gl.constexpr, SPAN: gl.constexpr, PER_GROUP: gl.constexpr,
+    SPAN: gl.constexpr, PER_GROUP: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, EVEN: gl.constexpr,
     BYTES: gl.constexpr, SCALES: gl.constexpr, OVERLAP: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
@@ -213,11 +219,11 @@ def _float8_words_kernel(
         [
             (_multiply, (
                 0, ring_buffers, barriers, factors, outputs, M, N, groups, tiles, columns, steps, y_stride,
-                KIND, SPAN, PER_GROUP, BLOCK_M, BLOCK_N, STAGES, EVEN, BYTES, SCALES, SUM_TILES,
+                SPAN, PER_GROUP, BLOCK_M, BLOCK_N, STAGES, EVEN, BYTES, SCALES, SUM_TILES,
             )),
             (_multiply, (
                 1, ring_buffers, barriers, factors, outputs, M, N, groups, tiles, columns, steps, y_stride,
-                KIND, SPAN, PER_GROUP, BLOCK_M, BLOCK_N, STAGES, EVEN, BYTES, SCALES, SUM_TILES,
+                SPAN, PER_GROUP, BLOCK_M, BLOCK_N, STAGES, EVEN, BYTES, SCALES, SUM_TILES,
             )),
             (_copy, (
                 maps, ring_buffers, barriers, scale_ptr, N, groups, tiles, columns, steps,
@@ -258,7 +264,7 @@ def float8_words_gemm(
         TensorDescriptor.from_tensor(rows.sums_TS[:, : places // span], [BLOCK_M, 64], SUM_TILES),
         rows.scale_T, weight.scales, weight.zeros, bias_N, out_MN, workspace.partials, workspace.counters,
         count, n, weight.scales.shape[1], tiles, columns, steps, out_MN.stride(0),
-        (PAIRS if weight.has_pairs else GROUPS).value, span, max(1, ceil_div(group, span)),
+        span, max(1, ceil_div(group, span)),
         BLOCK_M, BLOCK_N, stages, group * weight.scales.shape[1] == places,
         byte_layout(BLOCK_N // 2, 4), scale_layout(BLOCK_N // 2, 4, STEP // span),
         overlaps_launches(out_MN.device), **launch_options(out_MN.device, 4, 1),

@@ -9,8 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
-from mgpu.worker.kernels.products.warpgroup.codes import CODE_FACTOR, halves
-from mgpu.worker.kernels.products.warpgroup.widen import PAIRS
+from mgpu.worker.kernels.products.warpgroup.codes import halves
 
 
 @gluon.jit
@@ -23,29 +22,16 @@ def load_scales(scale_ptr, rows, span, groups, PER_GROUP: gl.constexpr, EVEN: gl
 
 
 @gluon.jit
-def factors_of(stored, KIND: gl.constexpr):
-    """Return what multiplies the sums of spans with these scales."""
-    if KIND == PAIRS:
-        stored = (stored << 16).to(gl.float32, bitcast=True)
-    return stored.to(gl.float32) * CODE_FACTOR
-
-
-@gluon.jit
 def load_biases(
-    scale_ptr, zero_ptr, rows, span, first_span, end_span, groups,
-    KIND: gl.constexpr, PER_GROUP: gl.constexpr,
+    scale_ptr, zero_ptr, rows, span, first_span, end_span, groups, PER_GROUP: gl.constexpr
 ):  # fmt: skip
     """Return what multiplies the sums of activations of 64 spans, bfloat16 [rows, 64]; zero for others' spans."""
     group = gl.minimum(span // PER_GROUP, groups - 1)
     places = gl.expand_dims(rows, 1) * groups + gl.expand_dims(group, 0)
-    if KIND == PAIRS:
-        pair = gl.load(scale_ptr + places)
-        bias = (pair & -65536).to(gl.float32, bitcast=True) - 8.0 * (pair << 16).to(gl.float32, bitcast=True)
-    else:
-        scale = gl.load(scale_ptr + places).to(gl.float32)
-        bias = -8.0 * scale
-        if zero_ptr is not None:
-            bias -= gl.load(zero_ptr + places).to(gl.float32) * scale
+    scale = gl.load(scale_ptr + places).to(gl.float32)
+    bias = -8.0 * scale
+    if zero_ptr is not None:
+        bias -= gl.load(zero_ptr + places).to(gl.float32) * scale
     return gl.where(gl.expand_dims((span >= first_span) & (span < end_span), 0), bias, 0.0).to(gl.bfloat16)
 
 
@@ -56,40 +42,22 @@ def _add(acc, sums, factor, SUMS: gl.constexpr):
 
 
 @gluon.jit
-def _add_two(
-    acc, even, odd, never, codes_0, codes_1, x, factor_0, factor_1,
-    FIRST: gl.constexpr, SPAN: gl.constexpr, SUMS: gl.constexpr,
-):  # fmt: skip
-    """Add the products of two spans. ``never`` is false: the registers of ``even`` and ``odd`` are used again."""
-    even = warpgroup_mma(codes_0, x.slice(FIRST * SPAN, SPAN, dim=0), even, use_acc=never, is_async=True)
-    odd = warpgroup_mma(codes_1, x.slice((FIRST + 1) * SPAN, SPAN, dim=0), odd, use_acc=never, is_async=True)
-    even, odd = warpgroup_mma_wait(0, deps=[even, odd])
-    acc = _add(_add(acc, even, factor_0, SUMS), odd, factor_1, SUMS)
-    return warpgroup_mma_wait(0, deps=[acc]), even, odd  # so that they are added before they are used again
-
-
-@gluon.jit
 def add_step(
     acc, even, odd, never, codes, x, factors,
     SPAN: gl.constexpr, ROWS: gl.constexpr, OPERAND: gl.constexpr, SUMS: gl.constexpr,
 ):  # fmt: skip
-    """Add the products of a step."""
+    """Add the products of a step. ``never`` is false: the registers of ``even`` and ``odd`` are used again."""
     if SPAN == 128:
         even = warpgroup_mma(codes, x, even, use_acc=never, is_async=True)
         even = warpgroup_mma_wait(0, deps=[even])
         acc = _add(acc, even, gl.reshape(factors, [ROWS]), SUMS)
         acc = warpgroup_mma_wait(0, deps=[acc])
-    elif SPAN == 64:
+    else:
         codes_0, codes_1 = halves(codes, ROWS, 128, OPERAND)
         factor_0, factor_1 = gl.split(factors)
-        acc, even, odd = _add_two(acc, even, odd, never, codes_0, codes_1, x, factor_0, factor_1, 0, SPAN, SUMS)
-    else:
-        left, right = halves(codes, ROWS, 128, OPERAND)
-        codes_0, codes_1 = halves(left, ROWS, 64, OPERAND)
-        codes_2, codes_3 = halves(right, ROWS, 64, OPERAND)
-        for_even, for_odd = gl.split(gl.reshape(factors, [ROWS, 2, 2]))
-        factor_0, factor_2 = gl.split(for_even)
-        factor_1, factor_3 = gl.split(for_odd)
-        acc, even, odd = _add_two(acc, even, odd, never, codes_0, codes_1, x, factor_0, factor_1, 0, SPAN, SUMS)
-        acc, even, odd = _add_two(acc, even, odd, never, codes_2, codes_3, x, factor_2, factor_3, 2, SPAN, SUMS)
+        even = warpgroup_mma(codes_0, x.slice(0, SPAN, dim=0), even, use_acc=never, is_async=True)
+        odd = warpgroup_mma(codes_1, x.slice(SPAN, SPAN, dim=0), odd, use_acc=never, is_async=True)
+        even, odd = warpgroup_mma_wait(0, deps=[even, odd])
+        acc = _add(_add(acc, even, factor_0, SUMS), odd, factor_1, SUMS)
+        acc = warpgroup_mma_wait(0, deps=[acc])  # so that they are added before they are used again
     return acc, even, odd
