@@ -12,6 +12,7 @@ from harness.kernels.ptx import run_ptx
 from mgpu.protocol.checkpoint.quantized.gguf import GGUF_FORMATS
 from mgpu.protocol.model.weight_format import WeightFormat
 from mgpu.worker.kernels.products import choose
+from mgpu.worker.kernels.products.group_gemm import most_rows
 from mgpu.worker.kernels.products.warpgroup import octet_gemm, octet_trial
 from mgpu.worker.quantization.packing import PackedWeight, dequantize
 from mgpu.worker.quantization.random_packed import random_packed
@@ -57,7 +58,7 @@ def test_products_equal_those_of_the_dequantized_weight(form: WeightFormat) -> N
         assert relative_error(octet_gemm.octet_gemm(x, weight, bias_N=bias), expected) < 5e-3
 
 
-@pytest.mark.parametrize(("rows", "outputs"), list(itertools.product((65, 128, 129, 4096), (1024, 28672))))
+@pytest.mark.parametrize(("rows", "outputs"), list(itertools.product((17, 64, 65, 128, 129, 384, 4096), (1024, 28672))))
 def test_the_rings_fit_into_shared_memory(rows: int, outputs: int) -> None:
     tiling = octet_gemm.choose_tiling(rows, outputs, 4096)
     assert tiling.word_stages * 128 * 128 + tiling.row_stages * tiling.block_m * 128 <= (227 << 10) - 1024
@@ -79,6 +80,15 @@ def test_many_rows_are_multiplied_by_warpgroups_where_that_works(monkeypatch: py
             relative_error(choose.quantized_matmul(x, weight), x.float() @ dequantize(weight, torch.float32).T) < 1e-2
         )
     assert counts == [least]
+
+
+def test_a_head_is_multiplied_at_once_by_as_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = weight_of(GGUF_FORMATS["Q8_0"], 16, 256, torch.device("cpu"))
+    monkeypatch.setattr(octet_trial, "groups_product", lambda device: None)
+    assert choose.most_rows_at_once(weight, torch.bfloat16) == most_rows(weight)
+    monkeypatch.setattr(octet_trial, "groups_product", lambda device: "product")
+    assert choose.most_rows_at_once(weight, torch.bfloat16) == octet_trial.MOST_ROWS
+    assert choose.most_rows_at_once(weight, torch.float16) == most_rows(weight)
 
 
 @pytest.mark.parametrize(

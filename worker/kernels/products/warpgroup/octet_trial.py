@@ -13,7 +13,7 @@ from mgpu.worker.quantization.packing import WORDS, PackedWeight, dequantize, oc
 
 log = logging.getLogger(__name__)
 
-LEAST_ROWS = 65
+LEAST_ROWS = 17
 """Rows from which it is measured to be faster than `group_gemm`."""
 MOST_ROWS = 2048
 """More rows dequantize the weight once."""
