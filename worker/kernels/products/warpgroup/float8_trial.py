@@ -21,9 +21,9 @@ LEAST_ROWS = 65
 """Rows from which rounding activations to float8 is faster."""
 MOST_ROWS = 512
 """More rows dequantize the weight once, and round nothing."""
-_TOLERANCE = 1e-2
+_TOLERANCE = 3e-2
 """Largest relative error of a row, compared with rows rounded alike. Offsets and sums of activations, which are rounded
-to bfloat16, explain 5e-3, wrong places 1."""
+to bfloat16, explain 1e-2, wrong places 1."""
 
 
 def takes_groups(weight: PackedWeight) -> bool:
