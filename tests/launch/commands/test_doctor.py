@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from mgpu.launch import cli
 from mgpu.launch.commands import doctor
 from mgpu.launch.doctor.finding import Finding, fail, ok, warn
+from mgpu.launch.doctor.machine import check_folders
 
 
 def run(*options: str, **environ: str) -> "subprocess.CompletedProcess[str]":
@@ -27,11 +29,17 @@ def test_a_machine_without_gpus_is_checked_too() -> None:
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
-def test_a_failure_ends_with_1_and_has_advice(tmp_path: Path) -> None:
+def test_a_failure_ends_with_1_and_has_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("")
-    done = run("--json", CUDA_VISIBLE_DEVICES="", MGPU_RUNTIME_DIR=str(tmp_path / "file" / "folder"))
-    assert done.returncode == 1
-    failed = [each for each in json.loads(done.stdout) if each["level"] == "FAIL"]
+    environ = {"MGPU_RUNTIME_DIR": str(tmp_path / "file" / "folder")}
+    monkeypatch.setattr(doctor, "examine", lambda offline, timeout: check_folders(environ))
+    monkeypatch.setattr(sys, "argv", ["mgpu-launch", "doctor", "--offline", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    failed = [each for each in json.loads(capsys.readouterr().out) if each["level"] == "FAIL"]
     assert [each["check"] for each in failed] == ["runtime folder"]
     assert "MGPU_RUNTIME_DIR=" in failed[0]["advice"]
 
