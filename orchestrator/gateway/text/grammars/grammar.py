@@ -1,14 +1,15 @@
 """Make a grammar for the workers of what a client asks of an answer, and refuse what they could not follow.
 
 A grammar is compiled here first, in a process that is killed when it takes too long (encoder_process.py), with the
-limits that the workers have. So nothing reaches a worker that has not been compiled before. A tokenizer of single bytes
-is enough for that: whether a grammar can be followed does not depend on how text is cut into tokens.
+limits that the workers have. So nothing reaches a worker that has not been compiled before. The tokens that may come
+first are computed from the model's own: of some grammars that takes 20 s, and from single bytes 0.03 s.
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 MAX_CPU_S = 0.5
 """To compile a grammar and to find out how it begins. Ordinary ones take milliseconds, and a step waits for it."""
+_LOOK_S = 0.02
+"""How often a check looks at the time it has taken."""
 _MAX_TRIALS = 500
 """Subschemas to compile when the one at fault is looked for."""
 HEADER = '%llguidance {"no_forcing": true}\n'
@@ -37,14 +40,17 @@ class GrammarError(ValueError):
     """No answer of this form can be enforced. The text says why, with the place in the schema."""
 
 
+class GrammarTooSlow(GrammarError):
+    """A thread of this process may still work on it, and can be ended with the process only."""
+
+
 def checked_grammar(wanted: Mapping[str, object], tokenizer: Tokenizer | None = None) -> str:
     """Return the grammar for a checked ``structured_outputs``. GrammarError if workers could not follow it.
 
-    ``tokenizer`` makes one that knows the model's special tokens, which only a ``grammar`` can name.
+    ``tokenizer`` makes one of the model's tokens; None: of single bytes.
     """
     [(kind, value)] = wanted.items()
-    names_tokens = kind == "grammar" and "<" in str(value)
-    library_tokenizer = tokenizer() if tokenizer and names_tokens else _byte_tokenizer()
+    library_tokenizer = tokenizer() if tokenizer else _byte_tokenizer()
     began_s = time.process_time()
     schema: object = {"type": "object"}
     if kind in ("json_schema", "json_object"):
@@ -56,14 +62,17 @@ def checked_grammar(wanted: Mapping[str, object], tokenizer: Tokenizer | None = 
         text = _of_choice(value)
     else:
         text = _of_lark(str(value))
-    if error := _error_of(text, library_tokenizer):
+    try:
+        error = _error_of(text, library_tokenizer, began_s + MAX_CPU_S)
+    except TimeoutError:
+        raise GrammarTooSlow(
+            f"structured_outputs.{kind}: it takes more than {MAX_CPU_S:g} s of CPU time to compile and to find the "
+            "tokens that may come first; ask for less, such as fewer rules or alternatives that begin alike"
+        ) from None
+    if error:
         if kind == "json_schema":
             error = _with_place(schema, error)
         raise GrammarError(f"structured_outputs.{kind}: {error}")
-    if (took_s := time.process_time() - began_s) > MAX_CPU_S:
-        raise GrammarError(
-            f"structured_outputs.{kind}: it takes {took_s:.1f} s to compile, the limit is {MAX_CPU_S:g} s; ask for less"
-        )
     return text
 
 
@@ -119,13 +128,23 @@ def _byte_tokenizer() -> "LLTokenizer":
     return llguidance.LLTokenizer("byte")
 
 
-def _error_of(grammar: str, tokenizer: "LLTokenizer") -> str:
+def _error_of(grammar: str, tokenizer: "LLTokenizer", until_cpu_s: float = math.inf) -> str:
     """Compile a grammar and find out how a text may begin; return in a line what fails, or nothing.
 
-    On a small stack: what overflows it ends this process, and workers have room for all that passes.
+    TimeoutError if this process has more CPU time than ``until_cpu_s`` before that is done. On a small stack: what
+    overflows it ends this process, and workers have room for all that passes.
     """
-    with ThreadPoolExecutor(1) as pool:
-        return with_stack_size(CHECK_STACK_BYTES, lambda: pool.submit(_error_here, grammar, tokenizer)).result()
+    pool = ThreadPoolExecutor(1)
+    try:
+        found: Future[str] = with_stack_size(CHECK_STACK_BYTES, lambda: pool.submit(_error_here, grammar, tokenizer))
+        while not wait([found], _LOOK_S).done:
+            if time.process_time() > until_cpu_s:
+                raise TimeoutError
+    finally:
+        pool.shutdown(wait=False)
+    if time.process_time() > until_cpu_s:
+        raise TimeoutError
+    return found.result()
 
 
 def _error_here(grammar: str, tokenizer: "LLTokenizer") -> str:

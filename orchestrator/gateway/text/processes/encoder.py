@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mgpu.orchestrator.gateway.text.chat_template import ChatTemplateError
 from mgpu.orchestrator.gateway.text.gguf_tokenizer import TokenizerError
-from mgpu.orchestrator.gateway.text.grammars.grammar import GrammarError
+from mgpu.orchestrator.gateway.text.grammars.grammar import GrammarError, GrammarTooSlow
 from mgpu.orchestrator.gateway.text.processes.encoder_messages import ENCODER, LENGTH, EncoderSpec, TextReply, TextTask
 from mgpu.orchestrator.gateway.text.processes.text_tasks import do
 from mgpu.orchestrator.gateway.text.tokenizer import TextCodec, load_codec
@@ -64,9 +64,12 @@ def _serve(peer: socket.socket, spec: EncoderSpec, codec: TextCodec | None) -> N
             task = ENCODER.decode(read(LENGTH.unpack(header)[0]))
             # The kernel ends the process at the limit, whatever library code it is in.
             signal.setitimer(signal.ITIMER_PROF, spec.cpu_limit_s)
-            data = ENCODER.encode(_answer(codec, task, spec.vocab_size))
+            reply = _answer(codec, task, spec.vocab_size)
+            data = ENCODER.encode(reply)
             signal.setitimer(signal.ITIMER_PROF, 0)
             peer.sendall(LENGTH.pack(len(data)) + data)
+            if reply.is_last:
+                break
     finally:
         os._exit(1)  # nothing of the process that forked may run here
 
@@ -83,7 +86,7 @@ def _answer(codec: TextCodec | None, task: TextTask, vocab_size: int) -> TextRep
     try:
         result = TextReply(error="the model has no tokenizer") if codec is None else do(codec, task, vocab_size)
     except (TokenizerError, ChatTemplateError, GrammarError) as error:
-        result = TextReply(error=str(error)[:500])
+        result = TextReply(error=str(error)[:500], is_last=isinstance(error, GrammarTooSlow))
     except MemoryError:
         result = TextReply(error="the text takes more memory than it may")
     return replace(result, cpu_s=time.process_time() - began_s)

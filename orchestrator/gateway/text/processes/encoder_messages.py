@@ -65,6 +65,8 @@ class TextReply:
     error: str = ""
     """For the client."""
     cpu_s: float = 0.0
+    is_last: bool = False
+    """The process works on something that it cannot end by itself, and ends now."""
 
 
 ENCODER = Codec(EncoderSpec, TextTask, TextReply)

@@ -89,7 +89,7 @@ class EncoderProcesses:
             limits = f"{self._spec.cpu_limit_s:g} s of CPU time or {self._spec.memory_bytes >> 20} MiB"
             what = "this text" if task.structured_outputs is None else "this text, or on its structured_outputs,"
             return TextReply(error=f"the process that worked on {what} has ended; it may take {limits}")
-        if len(self._idle) < MOST_IDLE:
+        if len(self._idle) < MOST_IDLE and not reply.is_last:
             self._idle.append(encoder)
         return reply
 

@@ -48,7 +48,7 @@ def do(codec: TextCodec, task: TextTask, vocab_size: int) -> TextReply:
 
 @lru_cache(maxsize=1)
 def _table(codec: TextCodec, vocab_size: int) -> "LLTokenizer":
-    """Return the library's form of the vocabulary; each process builds it once, for grammars that name tokens."""
+    """Return the library's form of the vocabulary; each process builds it once."""
     return token_table(codec.vocabulary(vocab_size))
 
 

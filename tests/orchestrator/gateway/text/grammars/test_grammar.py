@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 pytest.importorskip("llguidance")
 
 from mgpu.orchestrator.gateway.text.grammars import grammar as module
-from mgpu.orchestrator.gateway.text.grammars.grammar import GrammarError, checked_grammar
+from mgpu.orchestrator.gateway.text.grammars.grammar import GrammarError, GrammarTooSlow, checked_grammar
 from mgpu.protocol.internal.grammars import new_matcher, token_table
 from mgpu.protocol.internal.worker_messages import Vocabulary
 
@@ -117,5 +118,18 @@ def test_a_grammar_can_name_special_tokens_of_the_model() -> None:
 
 def test_a_grammar_that_takes_long_to_compile_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_CPU_S", 0.0)
-    with pytest.raises(GrammarError, match="s to compile, the limit is 0 s"):
+    with pytest.raises(GrammarTooSlow, match="more than 0 s of CPU time to compile"):
         checked_grammar({"json_object": True})
+
+
+def test_the_tokens_of_the_model_tell_whether_a_grammar_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few hundred rules that may begin, follow one another, and end anywhere: the mask takes seconds of CPU time."""
+    names = range(400)
+    rules = [f"r{each}: /[a-z]{{1,{each + 1}}}/ start" for each in names]
+    wanted = {"grammar": "\n".join(["start: " + " | ".join(f"r{each}" for each in names), *rules])}
+    letters, after = b"etaoin", b"etaoin .,1-"
+    words = [bytes(each) for each in product(letters, after, after, after)]
+    monkeypatch.setattr(module, "MAX_CPU_S", 0.1)
+    assert checked_grammar(wanted)
+    with pytest.raises(GrammarTooSlow, match="fewer rules or alternatives"):
+        checked_grammar(wanted, lambda: token_table(Vocabulary(0, [*BYTES.tokens[:256], *words], [])))

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from harness.models.demo_model import demo_model
 from harness.servers.gateway_process import BOS, VOCAB_SIZE, make_model_folder
 from harness.waiting import eventually
 from mgpu.orchestrator.gateway.text.chat_template import ChatPrompt
@@ -103,6 +104,18 @@ def test_a_regular_expression_that_runs_for_hours_is_ended_with_its_process(make
     result = encoders.do(TextTask(1 << 20, prompt=("a" * 20 + "c") * 40_000))
     assert "1 s of CPU time" in result.error
     assert encoders.do(TextTask(512, prompt="hello")).num_tokens == 6
+
+
+def test_a_form_that_takes_too_long_ends_its_process_and_the_next_one_gets_another() -> None:
+    pytest.importorskip("llguidance")
+    encoders = EncoderProcesses(demo_model(), "gguf", 49_152)
+    rules = [f"r{each}: /[a-z]{{1,{each + 1}}}/ start" for each in range(1500)]
+    slow = "\n".join(["start: " + " | ".join(f"r{each}" for each in range(1500)), *rules])
+    try:
+        assert "0.5 s of CPU time" in encoders.do(TextTask(512, structured_outputs={"grammar": slow})).error
+        assert encoders.do(TextTask(512, structured_outputs={"choice": ["a"]})).grammar
+    finally:
+        encoders.close()
 
 
 def test_a_template_has_its_own_words_and_options(make: Make) -> None:
