@@ -41,7 +41,7 @@ class LoopTurns:
     def __init__(self, num_cores: int = 0, clock_s: Callable[[], float] = time.monotonic) -> None:
         """``num_cores`` 0: as many as this process may use."""
         is_tight = (num_cores or len(os.sched_getaffinity(0))) <= FEW_CORES
-        self._pace = Pace(clock_s, SHARE_OF_FEW_CORES if is_tight else 1.0)
+        self._pace = Pace(clock_s, SHARE_OF_FEW_CORES) if is_tight else None
         self._modest = Modest(clock_s)
         self._line: FairTurns[asyncio.Future[None]] = FairTurns()
         self._taken: TurnPath | None = None
@@ -78,7 +78,7 @@ class LoopTurns:
     def charge(self, owner: str, cpu_s: float) -> None:
         """Note what an owner has cost."""
         self._modest.charge(owner, cpu_s)
-        if not self._modest.has(owner):
+        if self._pace is not None and not self._modest.has(owner):
             self._pace.spend(cpu_s)
         if self._taken is not None and self._taken[0] == owner:
             self._spent_s += cpu_s
@@ -95,7 +95,7 @@ class LoopTurns:
         self._taken, self._next_look, self._spent_s = None, None, 0.0
         if not self._line:
             return
-        if wait_s := self._pace.wait_s():
+        if self._pace is not None and (wait_s := self._pace.wait_s()):
             self._next_look = loop.call_later(wait_s, self._look)
             return
         while (found := self._line.take()) is not None:
