@@ -47,7 +47,7 @@ def test_logits_of_packed_weights(
     found = logits_in_chunks(checkpoint, IDS, chunks, ranks, dtype=torch.bfloat16, quant=quant)
     assert {7, 1} == set(products)
     # Activations in bfloat16 cost what they cost; that they are the same weights is what counts.
-    monkeypatch.setattr(linear, "repack", lambda weight, dtype: weight)
+    monkeypatch.setattr(linear, "held_weight", lambda weight, form, dtype: weight)
     plain = logits_in_chunks(checkpoint, IDS, chunks, ranks, dtype=torch.bfloat16, quant=quant)
     errors = [float((each - exact).abs().mean() / exact.std()) for each in (found, plain)]
     assert errors[0] < 1.25 * errors[1] < 0.1
