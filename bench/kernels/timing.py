@@ -142,6 +142,7 @@ KERNEL_MODULES = tuple(
         "products.group_gemm",
         "products.group_gemv",
         "products.integer_gemv",
+        "products.octet_gemv",
         "layers.gates",
         "layers.head_values",
         "layers.integer_rows",

@@ -1,7 +1,7 @@
 """Run the few PTX instructions that kernels have inline, on numbers: what the interpreter of Triton cannot do."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -38,9 +38,13 @@ def _result(name: str, given: list[int]) -> int:
         return sum((table >> index[place] & 1) << place for place in range(32))
     if name == "shl.b32":
         return given[0] << given[1] & 0xFFFFFFFF
-    if name in ("dp2a.lo.s32.u32", "dp2a.hi.s32.u32"):
+    if name == "mul.lo.u32":
+        return given[0] * given[1] & 0xFFFFFFFF
+    if name.startswith("dp2a."):
         numbers = [(half ^ 0x8000) - 0x8000 for half in (given[0] & 0xFFFF, given[0] >> 16)]
-        octets = given[1].to_bytes(4, "little")[2 * name.startswith("dp2a.hi") :]
+        octets: Sequence[int] = given[1].to_bytes(4, "little")[2 * name.startswith("dp2a.hi") :]
+        if name.endswith(".s32"):
+            octets = [(octet ^ 0x80) - 0x80 for octet in octets]
         return (sum(a * b for a, b in zip(numbers, octets, strict=False)) + given[2]) & 0xFFFFFFFF
     if name == "prmt.b32":
         octets = (given[0] | given[1] << 32).to_bytes(8, "little")

@@ -23,7 +23,7 @@ class Projection:
 
 class Packed:
     def __init__(self, is_simple: bool, order: Any = None) -> None:
-        self.is_simple, self.kind, self.group, self.order = is_simple, "fp8", 32, order
+        self.is_simple, self.kind, self.group, self.order = is_simple, "fp4", 32, order
 
 
 @pytest.mark.parametrize(

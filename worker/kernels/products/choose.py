@@ -16,6 +16,7 @@ from mgpu.worker.kernels.products.group_gemm import group_gemm, most_rows
 from mgpu.worker.kernels.products.group_gemv import group_gemv
 from mgpu.worker.kernels.products.group_parts import takes
 from mgpu.worker.kernels.products.integer_gemv import integer_gemv, takes_integers
+from mgpu.worker.kernels.products.octet_gemv import octet_gemv, takes_octets
 from mgpu.worker.kernels.products.quantized_gemm import quantized_gemm
 from mgpu.worker.kernels.products.quantized_gemv import quantized_gemv
 from mgpu.worker.kernels.products.rounded_product import LEAST_ROWS as ROUNDED_ROWS
@@ -63,12 +64,10 @@ def quantized_matmul(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None =
         return y_TO if bias_O is None else y_TO.add_(bias_O)
     if rows > 1 and (product := _warpgroup_product(rows, weight, x_TI.dtype)):
         return product(x_TI, weight, bias_O)
-    if rows == 1 and takes_integers(weight, x_TI.dtype):
-        return integer_gemv(x_TI, weight, bias_N=bias_O)
+    if rows == 1 and takes_one_row(weight):
+        return one_row_matmul(x_TI, weight, bias_O)
     if not weight.is_simple:
         return _group_matmul(x_TI, weight, bias_O)
-    if rows == 1:
-        return quantized_gemv(x_TI, weight, bias_N=bias_O)
     if rows <= GEMM_ROWS[weight.kind]:
         return quantized_gemm(x_TI, weight, bias_N=bias_O)
     return F.linear(x_TI, dequantize_packed(weight, x_TI.dtype), bias_O)
@@ -117,8 +116,6 @@ def _words_product(rows: int, weight: PackedWeight) -> WordsProduct | None:
 def _group_matmul(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None) -> Tensor:
     """Multiply by a weight whose groups have scales of their own."""
     rows = x_TI.shape[0]
-    if rows == 1 and takes_one_row(weight):
-        return group_gemv(x_TI, weight, bias_N=bias_O)
     if rows >= LEAST_ROWS and takes_blocks(weight, x_TI.dtype) and multiplies_blocks(x_TI.device):
         return block_product(x_TI, weight, bias_O)
     if takes(weight) and rows <= most_rows(weight):
@@ -128,7 +125,7 @@ def _group_matmul(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None) -> 
 
 def takes_one_row(w: Tensor | PackedWeight) -> bool:
     """Return True for weights that `one_row_matmul` takes."""
-    return isinstance(w, Tensor) or w.is_simple or (w.kind != "int8" and takes(w))
+    return isinstance(w, Tensor) or w.is_simple or takes_octets(w) or (w.kind != "int8" and takes(w))
 
 
 def one_row_matmul(
@@ -138,6 +135,6 @@ def one_row_matmul(
     if isinstance(w, PackedWeight):
         if takes_integers(w, x_1I.dtype):
             return integer_gemv(x_1I, w, gate=gate, bias_N=bias_O)
-        multiply = quantized_gemv if w.is_simple else group_gemv
+        multiply = quantized_gemv if w.is_simple else octet_gemv if takes_octets(w) else group_gemv
         return multiply(x_1I, w, gate=gate, bias_N=bias_O)
     return gemv(x_1I, w, gate=gate, bias_N=bias_O)

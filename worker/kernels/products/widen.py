@@ -70,6 +70,14 @@ def split_scales(pairs):
 
 
 @triton.jit
+def split_halves(pairs):
+    """Return the two float16 of words, the lower first, as float32."""
+    low = (pairs & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+    high = (pairs >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    return low.to(tl.float32), high.to(tl.float32)
+
+
+@triton.jit
 def _nibble(words, scale, offset, PART: tl.constexpr, DTYPE: tl.constexpr):
     return ((((words >> (4 * PART)) & 0xF) - 8).to(tl.float32) * scale + offset).to(DTYPE)
 

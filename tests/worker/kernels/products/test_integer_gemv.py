@@ -1,6 +1,7 @@
 """Products of one row by dot products of bytes equal plain torch, and their inline assembly does what it says."""
 
 import random
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -9,16 +10,14 @@ from harness.kernels.kernel_checks import relative_error
 from harness.kernels.ptx import run_ptx
 from mgpu.protocol.checkpoint.quantized.gguf import GGUF_FORMATS
 from mgpu.protocol.model.weight_format import WeightFormat
+from mgpu.worker.kernels.products.integer_dots import DOT_2, DOT_3, DOT_4, DOT_5, DOT_6, DOT_NL4, PACK
 from mgpu.worker.kernels.products.integer_gemv import (
-    _DOT,
-    _DOT_6,
-    _PACK,
     IntegerGemvTiling,
     choose_tiling,
     integer_gemv,
     takes_integers,
 )
-from mgpu.worker.quantization.packing import PackedWeight, dequantize, pack_int4
+from mgpu.worker.quantization.packing import NL4, PackedWeight, dequantize, pack_int4
 from mgpu.worker.quantization.random_packed import random_packed
 
 GPTQ = WeightFormat("4", 128, 1, 2, 1, source="GPTQ")
@@ -28,6 +27,13 @@ FORMS = {
     "Q4_K": GGUF_FORMATS["Q4_K"],
     "Q4_0": GGUF_FORMATS["Q4_0"],
     "Q6_K": GGUF_FORMATS["Q6_K"],
+    "Q5_K": GGUF_FORMATS["Q5_K"],
+    "Q5_0": GGUF_FORMATS["Q5_0"],
+    "Q5_1": GGUF_FORMATS["Q5_1"],
+    "Q3_K": GGUF_FORMATS["Q3_K"],
+    "Q2_K": GGUF_FORMATS["Q2_K"],
+    "IQ4_XS": GGUF_FORMATS["IQ4_XS"],
+    "IQ4_NL": GGUF_FORMATS["IQ4_NL"],
 }
 
 
@@ -74,7 +80,7 @@ def test_steps_that_are_loaded_ahead_give_the_same_sums(
     [
         (28672, 4096, IntegerGemvTiling(8, 256, 2)),
         (4096, 14336, IntegerGemvTiling(8, 512, 4)),
-        (4096, 4096, IntegerGemvTiling(8, 256, 2, ahead=True)),
+        (4096, 4096, IntegerGemvTiling(8, 512, 4)),
     ],
 )
 def test_tiles_are_those_that_were_measured(outputs: int, inputs: int, tiling: IntegerGemvTiling) -> None:
@@ -108,19 +114,49 @@ def packed(numbers: list[int]) -> list[int]:
     found = []
     for first in (0, 1):
         given = {f"${2 + place}": numbers[2 * place + first] & 0xFFFFFFFF for place in range(4)}
-        pairs = run_ptx(_PACK.value, given)
+        pairs = run_ptx(PACK.value, given)
         found += [pairs["$0"], pairs["$1"]]
     return found
 
 
-def test_a_word_is_multiplied_by_integers_of_16_bits() -> None:
+def numbered(given: Sequence[int], first: int) -> dict[str, int]:
+    return {f"${index}": number for index, number in enumerate(given, first)}
+
+
+@pytest.mark.parametrize("kind", ["int4", "int5", "nl4"])
+def test_a_word_is_multiplied_by_integers_of_16_bits(kind: str) -> None:
     draw = random.Random(0)
     for _ in range(20):
-        word, numbers = draw.getrandbits(32), [draw.randint(-32000, 32000) for _ in range(8)]
+        word, upper, numbers = (
+            draw.getrandbits(32),
+            draw.getrandbits(8),
+            [draw.randint(-32000, 32000) for _ in range(8)],
+        )
         codes = [word >> 4 * part & 15 for part in range(8)]
-        given = {f"${index}": number for index, number in enumerate((word, *packed(numbers)), 1)}
+        if kind == "nl4":
+            codes = [NL4[code] for code in codes]
+        if kind == "int5":
+            codes = [code | (upper >> part & 1) << 4 for part, code in enumerate(codes)]
         expected = sum(code * number for code, number in zip(codes, numbers, strict=True))
-        assert run_ptx(_DOT.value, given)["$0"] == expected & 0xFFFFFFFF
+        text = {"int4": DOT_4, "int5": DOT_5, "nl4": DOT_NL4}[kind].value
+        assert run_ptx(text, numbered([word, upper, *packed(numbers)], 1))["$0"] == expected & 0xFFFFFFFF
+
+
+@pytest.mark.parametrize("kind", ["int2", "int3"])
+def test_the_halves_of_short_words_are_multiplied_apart(kind: str) -> None:
+    draw = random.Random(0)
+    for _ in range(20):
+        word, upper, numbers = (
+            draw.getrandbits(32),
+            draw.getrandbits(8),
+            [draw.randint(-32000, 32000) for _ in range(8)],
+        )
+        codes = [word >> 2 * part & 3 for part in range(8)]
+        if kind == "int3":
+            codes = [code | (upper >> part & 1) << 2 for part, code in enumerate(codes)]
+        products = [code * number for code, number in zip(codes, numbers, strict=True)]
+        found = run_ptx((DOT_3 if kind == "int3" else DOT_2).value, numbered([word, upper, *packed(numbers)], 2))
+        assert [found["$0"], found["$1"]] == [sum(half) & 0xFFFFFFFF for half in (products[:4], products[4:])]
 
 
 def test_the_halves_of_words_of_six_bits_are_multiplied_apart() -> None:
@@ -129,8 +165,8 @@ def test_the_halves_of_words_of_six_bits_are_multiplied_apart() -> None:
         words, upper = [draw.getrandbits(32) for _ in range(2)], draw.getrandbits(32)
         numbers = [[draw.randint(-32000, 32000) for _ in range(8)] for _ in words]
         pairs = [packed(each) for each in numbers]
-        given = [*words, upper, *(pairs[word][place] for place in (0, 2, 1, 3) for word in range(2))]
-        found = run_ptx(_DOT_6.value, {f"${index}": number for index, number in enumerate(given, 4)})
+        given = [*words, upper, *(pairs[word][place] for place in range(4) for word in range(2))]
+        found = run_ptx(DOT_6.value, numbered(given, 4))
         for word in range(2):
             codes = [words[word] >> 4 * part & 15 | (upper >> 16 * word + 2 * part & 3) << 4 for part in range(8)]
             products = [code * number for code, number in zip(codes, numbers[word], strict=True)]
@@ -146,18 +182,17 @@ def test_the_halves_of_words_of_six_bits_are_multiplied_apart() -> None:
         (WeightFormat("4", 128, 1, 2, 1, True, source="act-order"), torch.bfloat16, False),
         (WeightFormat("8", 128, 1, 2, 1, source="x"), torch.bfloat16, False),
         (GGUF_FORMATS["Q4_1"], torch.float16, True),
-        (GGUF_FORMATS["IQ4_NL"], torch.bfloat16, False),
+        (GGUF_FORMATS["Q3_K"], torch.bfloat16, True),
+        (GGUF_FORMATS["IQ4_NL"], torch.bfloat16, True),
+        (GGUF_FORMATS["Q8_0"], torch.bfloat16, False),
+        (GGUF_FORMATS["MXFP4"], torch.bfloat16, False),
     ],
 )
-def test_integers_of_wide_matrices_with_narrow_activations_are_taken(
-    form: WeightFormat, dtype: torch.dtype, taken: bool
-) -> None:
-    wide, narrow = (random_packed(form, (rows,), 256, torch.Generator().manual_seed(0)) for rows in (1040, 1024))
-    assert takes_integers(wide, dtype) is taken
-    assert not takes_integers(narrow, dtype)
+def test_integers_with_narrow_activations_are_taken(form: WeightFormat, dtype: torch.dtype, taken: bool) -> None:
+    weight = random_packed(form, (256,), 256, torch.Generator().manual_seed(0))
+    assert takes_integers(weight, dtype) is taken
 
 
-def test_scales_of_scales_decide_too() -> None:
-    for name, outputs in (("Q4_K", (256, 1040)), ("Q6_K", (256, 512, 1040)), ("Q4_0", (1040,))):
-        weights = {n: random_packed(GGUF_FORMATS[name], (n,), 256, torch.Generator()) for n in (256, 512, 1040)}
-        assert tuple(n for n in weights if takes_integers(weights[n], torch.bfloat16)) == outputs
+def test_scales_of_whole_rows_are_not_taken() -> None:
+    weight = PackedWeight("int4", torch.zeros(1040, 32, dtype=torch.int32), torch.ones(1040, 1), 256, 0)
+    assert not takes_integers(weight, torch.bfloat16)
