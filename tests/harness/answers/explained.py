@@ -10,10 +10,10 @@ itself, in plain torch: its activations become bfloat16, and those before quanti
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from harness.models.scheduled_model import Request
@@ -23,6 +23,8 @@ from mgpu.protocol.checkpoint.read import Checkpoint
 from mgpu.protocol.internal.worker_messages import TokenLogprobs
 from mgpu.protocol.model.quantization import Quant
 from mgpu.worker.layers import linear
+from mgpu.worker.quantization.float8_weights import round_dense
+from mgpu.worker.quantization.packing import PackedWeight, dequantize
 
 Round = Callable[[Tensor], Tensor]
 
@@ -58,10 +60,12 @@ def logits_after(
     quant: Quant = "none",
     dtype: torch.dtype = torch.float32,
     rounds: Round | None = None,
+    rounds_weights: bool = False,
 ) -> Tensor:
     """Return the logits [N, V] that one worker on the CPU has for each token of the answers, given those before it.
 
-    ``rounds`` is applied to what layers multiply that a quantized model would have quantized.
+    ``rounds`` is applied to what layers multiply that a quantized model would have quantized. ``rounds_weights``: their
+    weights are rounded to float8 as well.
     """
     longest = max(len(request.prompt_ids) + len(ids) for request, ids in zip(requests, answers, strict=True))
     found: list[Tensor] = []
@@ -70,28 +74,37 @@ def logits_after(
         layers = [range(checkpoint.facts.num_layers)]
         stages = Stages(checkpoint, group, layers, dtype, num_blocks=-(-longest // 16), block_size=16, quant=quant)
         if rounds is not None:
-            _round_inputs(stages, rounds)
+            _round_inputs(stages, rounds, rounds_weights)
         for request, ids in zip(requests, answers, strict=True):
             row, whole = Row(list(range(stages.num_blocks))), request.prompt_ids + ids[:-1]
             logits_TV = stages.step(make_batch([(row, whole)], stages.block_size, True))
             found.append(logits_TV[len(request.prompt_ids) - 1 :].float())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            linear, "held_weight", lambda weight, form, dtype: weight
-        )  # own kernels of the CPU round otherwise
+        # Own kernels of the CPU round otherwise, and oneDNN's layout is opaque.
+        patch.setattr(linear, "held_weight", lambda weight, form, dtype: weight)
+        patch.setattr(linear, "pack", lambda weight: weight)
         run_ranks(1, work)
     return torch.cat(found)
 
 
-def _round_inputs(stages: Stages, rounds: Round) -> None:
+def _round_inputs(stages: Stages, rounds: Round, rounds_weights: bool) -> None:
     for _, module in stages.stages[0].named_modules():
         if isinstance(module, (linear.ColumnParallelLinear, linear.RowParallelLinear)):
             for name in ("_multiply", "_multiply_packed"):
-                setattr(module, name, partial(_rounded, getattr(module, name), rounds))
+                setattr(module, name, partial(_rounded, getattr(module, name), rounds, rounds_weights))
 
 
 def _rounded(
-    multiply: Callable[..., Tensor], rounds: Round, x_TI: Tensor, weight: Any, bias_O: Tensor | None
+    multiply: Callable[..., Tensor],
+    rounds: Round,
+    rounds_weights: bool,
+    x_TI: Tensor,
+    weight: Tensor | PackedWeight,
+    bias_O: Tensor | None,
 ) -> Tensor:
-    return multiply(rounds(x_TI).to(x_TI.dtype), weight, bias_O)
+    x_TI = rounds(x_TI).to(x_TI.dtype)
+    if not rounds_weights:
+        return multiply(x_TI, weight, bias_O)
+    dense_OI = weight if isinstance(weight, Tensor) else dequantize(weight, torch.float32)
+    return F.linear(x_TI, round_dense(dense_OI).to(x_TI.dtype), bias_O)

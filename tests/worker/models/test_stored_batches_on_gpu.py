@@ -61,13 +61,14 @@ NAMES = [
 class Case:
     """A model twice, how both are quantized while they are loaded, and how inputs of products are rounded.
 
-    ``rounds`` is for steps of at least ``from_rows`` rows.
+    ``rounds`` is for steps of at least ``from_rows`` rows. ``rounds_weights``: weights are rounded there too.
     """
 
     stored: Stored
     quant: Quant
     rounds: Round
     from_rows: int
+    rounds_weights: bool = False
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,8 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
         stored = _write(name, tmp_path_factory.mktemp("stored"))
         if name.startswith("fp8-blocks-128"):
             return Case(stored, "none", round_blocks, 17)
-        return Case(stored, QUANTS.get(name.removesuffix(" experts"), "none"), round_rows, _least_rows(name))
+        quant = QUANTS.get(name.removesuffix(" experts"), "none")
+        return Case(stored, quant, round_rows, _least_rows(name), _rounds_weights(name))
 
     return make
 
@@ -106,7 +108,8 @@ def errors_of(case: Callable[[str], Case]) -> Callable[[str, bool], Errors]:
         answers = [[rng.choice(request.prompt_ids) for _ in range(TOKENS)] for request in requests]
         of_plain = this.stored.plain, requests, answers, this.quant
         return Errors.of(
-            logits_after(*of_plain, torch.bfloat16, this.rounds if is_rounded else None), logits_after(*of_plain)
+            logits_after(*of_plain, torch.bfloat16, this.rounds if is_rounded else None, this.rounds_weights),
+            logits_after(*of_plain),
         )
 
     return measure
@@ -116,8 +119,15 @@ def _least_rows(name: str) -> int:
     """Return from how many rows on activations are rounded to float8 (see docs/quantization.md)."""
     if name.startswith("quant fp8"):
         return 9
+    if name.startswith("GGUF"):
+        return 1 << 30 if "Q8_0" in name else 65
     four_bits = ("quant 4", "gptq", "awq", "w4a16")
     return 65 if name.startswith(four_bits) and "order" not in name and "-8" not in name else 1 << 30
+
+
+def _rounds_weights(name: str) -> bool:
+    """Return whether weights are rounded with them: all of up to 6 bits but those in groups of 128."""
+    return not name.startswith("quant fp8") and "-128" not in name
 
 
 def _write(name: str, folder: Path) -> Stored:
@@ -184,7 +194,7 @@ def test_tokens_of_a_crowd_are_those_of_plain_torch_or_near_them(
     errors, slack = errors_of(name, is_rounded), 0.05 if "experts" in name else 0.005
     if rows == ROWS[-1]:
         rounds = this.rounds if is_rounded else None
-        rounded_NV = logits_after(plain, requests, answers, this.quant, torch.bfloat16, rounds)
+        rounded_NV = logits_after(plain, requests, answers, this.quant, torch.bfloat16, rounds, this.rounds_weights)
         errors, slack = Errors.of(rounded_NV, exact_NV), 0.002
         expected = Margins.of(exact_NV, rounded_NV.argmax(1))
         print(f"    rounding: {expected}, moves {errors.mean:.3g} to {errors.largest:.3g}", flush=True)
