@@ -14,6 +14,7 @@ from starlette.types import ASGIApp
 from mgpu.orchestrator.http.app import make_app
 from mgpu.orchestrator.http.edge.accepting import Acceptor
 from mgpu.orchestrator.http.edge.connections import BoundedProtocol
+from mgpu.orchestrator.http.edge.front_window import FrontWindow
 from mgpu.orchestrator.http.edge.guard import ApiKeys
 from mgpu.orchestrator.http.edge.hosts import Hosts
 from mgpu.orchestrator.http.edge.tls import TlsHandshake
@@ -34,7 +35,9 @@ OWN_FILES = 64
 
 def front_client(endpoint: str | None, keys: str | ClientKeys | None) -> AsyncClient:
     """Return the client through which all requests go. It connects when this is first needed."""
-    return AsyncClient(endpoint, REQUEST_TIMEOUT_S, keys=keys, retries=0, unread_bounds=UnreadBounds())
+    return AsyncClient(
+        endpoint, REQUEST_TIMEOUT_S, keys=keys, retries=0, unread_bounds=UnreadBounds(), window=FrontWindow()
+    )
 
 
 def allow_many_connections() -> None:

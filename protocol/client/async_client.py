@@ -44,6 +44,7 @@ from mgpu.protocol.client.transport import timeouts
 from mgpu.protocol.client.transport.async_connection import AsyncConnection
 from mgpu.protocol.client.transport.resumable import ResumableRequest
 from mgpu.protocol.client.transport.session import Reply
+from mgpu.protocol.client.transport.window import Window
 from mgpu.protocol.errors import MgpuError, RequestFailed
 from mgpu.protocol.front.client_messages import QueryKind
 from mgpu.protocol.front.fields import int32_array
@@ -67,14 +68,16 @@ class AsyncClient:
         silence_timeout_s: float = timeouts.SILENCE_TIMEOUT_S,
         retries: int = timeouts.RETRIES,
         unread_bounds: UnreadBounds | None = None,
+        window: Window | None = None,
     ) -> None:
         """See `Client`; nothing is connected before the first call.
 
         ``unread_bounds`` are for a server that passes streams on to readers of its own: they fail with `slow_reader`
         beyond these bounds, and have no `completion`, because pieces are not kept once they were taken.
+        ``window`` says which of many requests is sent next.
         """
         self._timeouts = timeouts.ClientTimeouts(timeout_s, connect_timeout_s, silence_timeout_s)
-        self._connection = AsyncConnection(endpoint, keys, self._timeouts)
+        self._connection = AsyncConnection(endpoint, keys, self._timeouts, window)
         self._backlogs = Backlogs(unread_bounds, self._connection.cancel_soon) if unread_bounds else None
         self._retries = retries
         self._ids = count(1)

@@ -8,6 +8,7 @@ from typing import NoReturn
 from starlette.requests import ClientDisconnect, Request
 
 from mgpu.orchestrator.http.edge.errors import HttpError, bad_request
+from mgpu.orchestrator.http.edge.front_window import WHOSE
 from mgpu.protocol.front.fields import shown
 from mgpu.protocol.internal.process.free_memory import release_free_memory
 
@@ -57,6 +58,8 @@ async def read_object(request: Request) -> dict[str, object]:
         if len(data) > LARGE_BYTES:
             await state["wait_turn"]()
         state["charge_front"](len(data))
+        if (whose := WHOSE.get(None)) is not None:
+            whose.body_bytes = len(data)
         return parse_object(bytes(data))
     finally:
         _forget(len(data))

@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mgpu.orchestrator.http.edge.errors import ANTHROPIC_PATH, HttpError
+from mgpu.orchestrator.http.edge.front_window import WHOSE, Whose
 from mgpu.orchestrator.http.edge.hosts import Hosts
 from mgpu.orchestrator.http.edge.loop_turns import LoopTurns, TurnPath, metered
 from mgpu.protocol.internal.http_spec import ApiKey
@@ -68,7 +69,7 @@ class Guard:
                 message["headers"] = [*message["headers"], *((name, request_id.encode()) for name in names)]
             await send(message)
 
-        path = _address_of(scope)
+        path = connection = _address_of(scope)
         refusal = self._refusal(scope, headers, request_id)
         if refusal is None and scope["state"]["has_key"]:
             path = (f"key {scope['state']['account']}", "")
@@ -80,6 +81,7 @@ class Guard:
         if refusal is not None:
             await refusal.response(scope["path"])(scope, receive, send_with_id)
             return
+        WHOSE.set(Whose((path[0], " ".join(connection))))
         scope["state"]["wait_turn"] = partial(self._turns.wait, path, left)
         scope["state"]["charge_front"] = partial(self._turns.charge_front, path[0])
         await metered(self._app(scope, receive, send_with_id), partial(self._turns.charge, path[0]))

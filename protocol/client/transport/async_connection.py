@@ -3,8 +3,9 @@
 import asyncio
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import zmq
 
@@ -12,22 +13,30 @@ from mgpu.protocol.client.transport import timeouts
 from mgpu.protocol.client.transport.resumable import ResumableRequest
 from mgpu.protocol.client.transport.session import Reply, Session
 from mgpu.protocol.client.transport.wake import Wake
+from mgpu.protocol.client.transport.window import Window
 from mgpu.protocol.discovery import ServerFinder
 from mgpu.protocol.errors import MgpuError
 from mgpu.protocol.keys import ClientKeys
+
+Sent = TypeVar("Sent")
 
 
 class AsyncConnection:
     """Connects when this is first needed, and anew in another event loop, after a fork, or to a restarted server."""
 
     def __init__(
-        self, endpoint: str | None, keys: str | Path | ClientKeys | None, limits: timeouts.ClientTimeouts
+        self,
+        endpoint: str | None,
+        keys: str | Path | ClientKeys | None,
+        limits: timeouts.ClientTimeouts,
+        window: Window | None = None,
     ) -> None:
-        """Nothing is connected yet."""
+        """Nothing is connected yet. Requests and queries go through ``window``, if there is one."""
         self.is_closed = False
         self._server = ServerFinder(endpoint)
         self._keys = keys
         self._limits = limits
+        self._window = window
         self._open: Session | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pid = os.getpid()
@@ -40,14 +49,14 @@ class AsyncConnection:
 
     async def begin(self, request: ResumableRequest, longest_s: float) -> None:
         """Send a request, after waiting for the server, ``longest_s`` at most, if need be."""
-        session = await self.connect(longest_s)
-        session.begin(request)
+        await self._send(request.id, longest_s, lambda session: session.begin(request))
         self.read()
 
     async def ask(self, message: Mapping[str, object], reply_type: type[Reply], *waits_s: float) -> Reply:
         """Ask and wait for the reply; ``waits_s`` are for `until_reply`."""
-        session = await self.connect(min(waits_s, default=math.inf))
-        query_id = session.ask(message)
+        query_id = message["id"]
+        assert isinstance(query_id, int)
+        session = await self._send(query_id, min(waits_s, default=math.inf), lambda session: _ask(session, message))
         try:
             self.read()
             await self._wait(timeouts.until_reply(session, query_id, *waits_s))
@@ -55,6 +64,18 @@ class AsyncConnection:
         finally:
             if session is self._open:  # else it is closed
                 session.forget(query_id)
+
+    async def _send(self, message_id: int, longest_s: float, send: Callable[[Session], Sent]) -> Sent:
+        """Send a message when the server is connected, and the window lets it through."""
+        session = await self.connect(longest_s)
+        if self._window is None:
+            return send(session)
+        await self._window.enter(message_id, longest_s)
+        try:
+            return send(await self.connect(longest_s))  # the connection may have been lost meanwhile
+        except BaseException:
+            self._window.leave(message_id)
+            raise
 
     async def connect(self, longest_s: float = math.inf) -> Session:
         """Return the session once the server is connected, the first time or after a disconnection."""
@@ -101,12 +122,15 @@ class AsyncConnection:
         if loop is not self._loop:
             self._leave_loop()
         if self._open is None:
-            self._open, self._loop, self._pid = Session(self._server.endpoint(), self._keys), loop, os.getpid()
+            self._open, self._loop, self._pid = self._new_session(), loop, os.getpid()
             self._progress = Wake()
             for fd in self._fds(self._open):
                 loop.add_reader(fd, self.read)
             self.read()
         return self._open
+
+    def _new_session(self) -> Session:
+        return Session(self._server.endpoint(), self._keys, window=self._window)
 
     def _leave_ended_server(self) -> None:
         """Disconnect if the server has ended and another is to be used. What is in flight fails."""
@@ -142,3 +166,8 @@ class AsyncConnection:
             self._progress.clear()
             await self._progress.wait(seconds)
             self.read()
+
+
+def _ask(session: Session, message: Mapping[str, object]) -> Session:
+    session.ask(message)
+    return session

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from mgpu.protocol.client.transport.channel import CONNECTED, Channel, Event
 from mgpu.protocol.client.transport.resumable import RETRY_S, ResumableRequest, error_of
+from mgpu.protocol.client.transport.window import Window
 from mgpu.protocol.errors import MgpuError
 from mgpu.protocol.front import framing
 from mgpu.protocol.front.fields import FieldError
@@ -40,10 +41,17 @@ Reply = TypeVar("Reply", Health, Stats, Models, Tokenized, Detokenized)
 class Session:
     """Send requests, hand each message that arrives to its request, and resume requests on a new connection."""
 
-    def __init__(self, endpoint: str, keys: str | Path | ClientKeys | None, takes_batches: bool = False) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        keys: str | Path | ClientKeys | None,
+        takes_batches: bool = False,
+        window: Window | None = None,
+    ) -> None:
         """Begin to connect. ``keys`` or their file are for tcp; else MGPU_KEYS.
 
         ``takes_batches``: several messages may come as one. This pays where many requests share a connection.
+        ``window`` is told what the server has said something about.
         """
         if not endpoint.startswith("tcp://"):
             keys = None
@@ -54,6 +62,7 @@ class Session:
         """Secret of this client. (session, request id) identifies a request also after a reconnection."""
         self.requests: dict[int, ResumableRequest] = {}
         self._takes_batches = takes_batches
+        self._window_of_sends = window
         self._resume_at_s = math.inf
         """The earliest `resume_at_s` of the requests."""
         self._asked: dict[int, float] = {}
@@ -143,6 +152,7 @@ class Session:
         self._refused.clear()
         for request in requests.values():
             request.fail(error)
+        self._leave_window()
 
     def close(self) -> None:
         """Cancel what is in flight and close the socket."""
@@ -150,6 +160,10 @@ class Session:
             self.send_cancel(request_id)
         self.fail_all(MgpuError("the client is closed"))
         self.channel.close()
+
+    def _leave_window(self) -> None:
+        if self._window_of_sends is not None:
+            self._window_of_sends.leave_all()
 
     def _on_frames(self, frames: list[bytes]) -> None:
         try:
@@ -177,6 +191,8 @@ class Session:
         return True
 
     def _on_message(self, message: ServerMessage) -> None:
+        if self._window_of_sends is not None and message.id is not None:
+            self._window_of_sends.leave(message.id)
         if message.id is None:
             if not isinstance(message, Failed):
                 raise FieldError(f"{type(message).__name__} without an id")
@@ -246,6 +262,7 @@ class Session:
         if self._takes_batches and any(event == CONNECTED for event, _ in events):
             self._try_to_send({"type": "batch", "id": BATCH_ID})
         if self.channel.note(events):
+            self._leave_window()
             for request in self.requests.values():
                 request.disconnect()
                 self._resume_at_s = request.resume_at_s
