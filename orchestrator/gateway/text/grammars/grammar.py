@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 from mgpu.protocol.internal.grammars import CHECK_STACK_BYTES, new_matcher, with_stack_size
 
 if TYPE_CHECKING:
-    from llguidance import LLTokenizer
+    from llguidance import LLMatcher, LLTokenizer
 
 MAX_CPU_S = 0.5
 """To compile a grammar and to find out how it begins. Ordinary ones take milliseconds, and a step waits for it."""
+_WALKS, _WALK_TOKENS = 4, 4
+"""Beginnings of answers that are tried, so that a grammar that is slow only after a token or two is found."""
 _LOOK_S = 0.02
 """How often a check looks at the time it has taken."""
 _MAX_TRIALS = 500
@@ -152,11 +154,25 @@ def _error_here(grammar: str, tokenizer: "LLTokenizer") -> str:
     if not matcher.is_error():
         matcher.compute_bitmask()
     if not matcher.is_error():
+        for number in range(_WALKS):
+            _walk(matcher.deep_copy(), number)
         return ""
     error = matcher.get_error()
     if "NoExtension" in error:
         return "no text fits it"
     return _first_line(error)
+
+
+def _walk(matcher: "LLMatcher", number: int) -> None:
+    """Follow one of `_WALKS` ways through a grammar for its time only: what fails here may never be chosen."""
+    for _ in range(_WALK_TOKENS):
+        mask = int.from_bytes(matcher.compute_bitmask(), "little")
+        if matcher.is_error() or matcher.is_stopped() or not mask:
+            return
+        # Number 0 takes the last token that is allowed, the others the last one within a part of the vocabulary.
+        part = mask & (1 << mask.bit_length() * (_WALKS - number) // _WALKS) - 1
+        if not matcher.consume_token((part or mask).bit_length() - 1):
+            return
 
 
 def _first_line(error: object) -> str:
