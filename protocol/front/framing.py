@@ -30,7 +30,7 @@ class MessageLimits:
     """Arrays and maps together. Without this bound, a megabyte of tiny arrays takes a third of a second to decode."""
 
 
-FROM_CLIENT = MessageLimits(frame_bytes=1 << 20, array_items=1 << 16, map_items=64, containers=1 << 13)
+FROM_CLIENT = MessageLimits(frame_bytes=1 << 20, array_items=1 << 16, map_items=1 << 10, containers=1 << 13)
 FROM_SERVER = MessageLimits(frame_bytes=16 << 20, array_items=1 << 16, map_items=1 << 12, containers=1 << 18)
 """Larger, for log-probabilities of 20 candidates of hundreds of tokens."""
 

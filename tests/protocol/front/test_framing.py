@@ -82,6 +82,22 @@ def test_a_megabyte_of_tiny_arrays_is_refused_quickly() -> None:
     assert time.process_time() - started < 1.5
 
 
+def test_a_schema_of_hundreds_of_properties_is_read() -> None:
+    properties = {f"property_{at}": {"type": "string"} for at in range(FROM_CLIENT.map_items)}
+    message = {"tools": [{"function": {"parameters": {"type": "object", "properties": properties}}}]}
+    assert unpack(pack(message)) == message
+    properties["one more"] = {}
+    with pytest.raises(WireError, match="1025 exceeds max_map_len"):
+        unpack(pack(message))
+
+
+def test_a_megabyte_of_large_maps_is_read_quickly() -> None:
+    body = msgpack.packb({f"{at}": {f"{key:x}": 0 for key in range(1024)} for at in range(200)})
+    started = time.process_time()
+    assert len(unpack([VERSION, body])) == 200
+    assert time.process_time() - started < 0.5
+
+
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_map_or_a_wire_error(body: bytes) -> None:
     with contextlib.suppress(WireError):

@@ -219,7 +219,7 @@ def test_an_engine_error_is_a_500_and_ends_a_stream_with_an_event(http: HttpServ
 
 
 @pytest.mark.parametrize("options", [
-    {"chat_template_kwargs": {"a": {str(number): 1 for number in range(65)}}},
+    {"chat_template_kwargs": {"a": {str(number): 1 for number in range(1025)}}},
     {"chat_template_kwargs": {"a": [0] * 65_537}},
     {"chat_template_kwargs": {"a": [[]] * 8_200}},
 ])  # fmt: skip

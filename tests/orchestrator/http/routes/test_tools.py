@@ -146,3 +146,12 @@ def test_what_is_wrong_is_said_with_the_way_out(http: HttpServer, fields: Any, p
     error = answer.json["error"]
     assert error["param"] == param
     assert words in error["message"]
+
+
+def test_a_tool_of_a_hundred_parameters_is_taken(http: HttpServer, gateway: GatewayProcess) -> None:
+    gateway.set_info(max_seq_len=4000)
+    properties = {f"p{at}": {"type": "string"} for at in range(100)}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": properties}}}
+    body = {"messages": [{"role": "user", "content": "hello"}], "tools": [tool], "max_tokens": 4}
+    answer = http.post("/v1/chat/completions", body)
+    assert answer.status == 200, answer.body
