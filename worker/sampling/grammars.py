@@ -15,17 +15,19 @@ vain, because the row had ended, changes only the state of a row that is freed.
 
 Whatever fails ends a row and no worker: an exception or a panic of the library, a thread that cannot be started, a
 grammar that is not ready in time. `wait` is where a step finds out. It gives such a row a state in which only stop
-tokens are allowed, and reports the failure.
+tokens are allowed, and reports the failure. Nothing ends a thread that works on for such a row, so the others go on in
+new ones.
 """
 
 # S rows that sample, N of them with a grammar, V tokens of a vocabulary slice, W words of 32 tokens
 
 import logging
 import os
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
@@ -37,6 +39,7 @@ from mgpu.protocol.internal.grammars import FOLLOW_STACK_BYTES, new_matcher, tok
 from mgpu.protocol.internal.worker_messages import NewRow, RowGrammar, StepPlan, Vocabulary
 from mgpu.worker.errors import BadPlan
 from mgpu.worker.sampling.grammar_masks import MaskMaker
+from mgpu.worker.sampling.grammar_patience import Patience
 from mgpu.worker.sampling.grammar_state import WORD_BITS, GrammarState, log_error
 from mgpu.worker.state.rows import SampleRequest
 
@@ -46,9 +49,13 @@ if TYPE_CHECKING:
 _MOST_MASK_THREADS = 8
 _MOST_COMPILED = 64
 """Grammars that are kept for requests to come: many requests ask for the same one."""
-_WAIT_S, _PEER_WAIT_S = 5.0, 8.0
-"""A grammar that passed the gateway's check takes far less. A step may take 10 s (`Timeouts.hang_timeout_s`). Only the
-rank that reports failures gives a row up; the others wait longer, so that they come to the same end or fail."""
+_VOCABULARY_WAIT_S, _PEER_WAIT_S = 5.0, 8.0
+"""A step may take 10 s (`Timeouts.hang_timeout_s`). Only the rank that reports failures gives a row up (`Patience`);
+the others wait longer, so that they come to the same end or fail."""
+_COMPILE_THREADS = 4
+"""So that few slow grammars hold no other one up."""
+_MOST_LEFT = 4
+"""Rows that have been given up and that threads still work on. With more, new rows have no new threads and wait too."""
 
 log = logging.getLogger(__name__)
 
@@ -74,14 +81,14 @@ class Grammars:
     def __init__(self, max_rows: int, padded_vocab: int, device: torch.device, reports: bool = True) -> None:
         """``reports`` is true on the rank whose failures the orchestrator hears of."""
         self._max_rows, self._padded_vocab, self._device = max_rows, padded_vocab, device
-        self._reports, self._wait_s = reports, _WAIT_S if reports else _PEER_WAIT_S
+        self._patience = Patience() if reports else None
         self._rows: dict[int, _Row] = {}
         self._vocab_size = 0
         self._tokens: Future[LLTokenizer] | None = None
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
-        # One thread compiles, another one computes masks meanwhile. Only the first uses the cache.
-        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammar-compiler")
-        self._masker = ThreadPoolExecutor(1, thread_name_prefix="grammar-masks")
+        self._cache_lock = threading.Lock()
+        self._compiler, self._masker = _new_threads()
+        self._left: list[tuple[Future[GrammarState], Future[Tensor]]] = []
         self._maker: Future[MaskMaker] | None = None
         self._words: Tensor | None = None
 
@@ -163,12 +170,15 @@ class Grammars:
 
     def _state(self, grammar: RowGrammar, emitted: list[int]) -> GrammarState:
         assert self._tokens is not None
-        matcher = self._compiled.pop(grammar.text, None) or new_matcher(self._tokens.result(), grammar.text)
-        self._compiled[grammar.text] = matcher
-        if len(self._compiled) > _MOST_COMPILED:
-            self._compiled.popitem(last=False)
+        with self._cache_lock:
+            known = self._compiled.pop(grammar.text, None)
+        matcher = known or new_matcher(self._tokens.result(), grammar.text)
+        with self._cache_lock:
+            self._compiled[grammar.text] = matcher
+            if len(self._compiled) > _MOST_COMPILED:
+                self._compiled.popitem(last=False)
         state = GrammarState(matcher, grammar.stop_ids, self._vocab_size)
-        state.take(emitted, self._wait_s)
+        state.take(emitted, _PEER_WAIT_S)
         return state
 
     def _first_mask(self, state: "Future[GrammarState]") -> Tensor:
@@ -179,21 +189,42 @@ class Grammars:
 
     def _settle(self, rows: list[_Row], grammars: list[RowGrammar | None]) -> None:
         """Wait until the masks of a step are there. Rows for which that fails may only stop from now on."""
-        until_s = time.monotonic() + self._wait_s
+        if self._tokens is not None and self._maker is not None:
+            wait([self._tokens], _VOCABULARY_WAIT_S)
+            wait([self._maker], _VOCABULARY_WAIT_S)
+        limit_s = self._patience.limit_s() if self._patience is not None else _PEER_WAIT_S
+        began_s, late = time.monotonic(), []
+        until_s = began_s + limit_s
         for row, grammar in zip(rows, grammars, strict=True):
             assert grammar is not None
             try:
                 row.state.result(max(0.0, until_s - time.monotonic()))
                 row.masks.result(max(0.0, until_s - time.monotonic()))
             except TimeoutError:
-                if not self._reports:
+                if self._patience is None:
                     raise
-                self._give_up(row, grammar, f"the grammar was not ready within {self._wait_s:g} s; ask for less")
+                late.append((row.state, row.masks))
+                self._give_up(row, grammar, f"the grammar was not ready within {limit_s:.2g} s; ask for less")
             except BaseException as error:  # the library panics with exceptions that are no `Exception`
                 if isinstance(error, (SystemExit, KeyboardInterrupt)):
                     raise
                 log_error("the grammar of a row failed, and only that row ends", error)
                 self._give_up(row, grammar, f"the grammar cannot be followed: internal error ({type(error).__name__})")
+
+        if late and self._patience is not None:
+            self._patience.charge(time.monotonic() - began_s)
+            self._leave_threads(late)
+
+    def _leave_threads(self, late: "list[tuple[Future[GrammarState], Future[Tensor]]]") -> None:
+        """Let other rows have new threads, and new ones of the library too."""
+        self._left = [each for each in self._left if not (each[0].done() and each[1].done())]
+        if len(self._left) >= _MOST_LEFT:
+            return
+        self._left += late
+        for pool in (self._compiler, self._masker):
+            pool.shutdown(wait=False)
+        self._compiler, self._masker = _new_threads()
+        self._maker = _started(self._compiler, _new_maker, self._vocab_size)
 
     def _give_up(self, row: _Row, grammar: RowGrammar, why: str) -> None:
         state = GrammarState(None, grammar.stop_ids, self._vocab_size, why)
@@ -244,6 +275,12 @@ def _started(pool: ThreadPoolExecutor, work: Callable[P, T], *args: P.args, **kw
         failed: Future[T] = Future()
         failed.set_exception(error)
         return failed
+
+
+def _new_threads() -> tuple[ThreadPoolExecutor, ThreadPoolExecutor]:
+    """Return threads that compile, and one that computes masks meanwhile."""
+    compiler = ThreadPoolExecutor(_COMPILE_THREADS, thread_name_prefix="grammar-compiler")
+    return compiler, ThreadPoolExecutor(1, thread_name_prefix="grammar-masks")
 
 
 def _new_maker(vocab_size: int) -> MaskMaker:

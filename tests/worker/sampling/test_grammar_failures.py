@@ -16,7 +16,7 @@ from llguidance import LLExecutor, LLMatcher
 from harness.answers.grammar_rows import CPU, EOS, PADDED, TOKENS, VOCABULARY, allowed, answers, of, plan_of, states_of
 from mgpu.protocol.internal import grammars as library
 from mgpu.protocol.internal.worker_messages import RowSampling
-from mgpu.worker.sampling import grammars
+from mgpu.worker.sampling import grammar_patience, grammars
 from mgpu.worker.sampling.grammar_masks import MaskMaker
 from mgpu.worker.sampling.grammar_state import MAX_AHEAD_S, TOKEN_S, GrammarState
 from mgpu.worker.sampling.grammars import Grammars
@@ -183,13 +183,50 @@ def test_a_grammar_that_is_not_ready_in_time_ends_its_row(monkeypatch: pytest.Mo
         return matcher
 
     break_bad_ones(monkeypatch, wait)
-    monkeypatch.setattr(grammars, "_WAIT_S", 0.1)
+    monkeypatch.setattr(grammar_patience, "MOST_S", 0.1)
     try:
         tokens, failures = answers([of('"BAD"'), RowSampling()], 3)
     finally:
         release.set()
     assert failures == [(0, "the grammar was not ready within 0.1 s; ask for less")]
     assert tokens[0] == [EOS] * 3
+
+
+def test_a_grammar_that_is_given_up_holds_no_later_one_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+
+    def wait(matcher: LLMatcher) -> LLMatcher:
+        release.wait(30)
+        return matcher
+
+    break_bad_ones(monkeypatch, wait)
+    monkeypatch.setattr(grammar_patience, "MOST_S", 0.2)
+    rank, rows = Grammars(8, PADDED, CPU), RowTable(8, 64, 16, 8, CPU)
+    rank.use(VOCABULARY)
+    try:
+        for texts in ([f'"BAD{number}"' for number in range(6)], [GOOD]):
+            plan = plan_of([of(text) for text in texts], [[] for _ in texts])
+            rows.apply(plan)
+            rank.follow(plan)
+            monkeypatch.setattr(grammar_patience, "LEAST_S", 5.0 if texts == [GOOD] else 0.05)
+            numbers, positions = list(range(len(texts))), [2] * len(texts)
+            request = rows.request(numbers, positions, torch.tensor(numbers), torch.tensor(positions))
+            failures = rank.wait(request)
+            assert [index for index, _ in failures] == ([] if texts == [GOOD] else numbers)
+    finally:
+        release.set()
+
+
+def test_steps_wait_less_after_waits_in_vain() -> None:
+    now_s = 0.0
+    patience = grammar_patience.Patience(lambda: now_s)
+    assert patience.limit_s() == grammar_patience.MOST_S
+    patience.charge(2.0)
+    assert patience.limit_s() == grammar_patience.LEAST_S
+    now_s = 10.0
+    assert patience.limit_s() == pytest.approx(0.5)
+    now_s = 100.0
+    assert patience.limit_s() == grammar_patience.MOST_S
 
 
 def test_a_rank_that_reports_no_failures_gives_no_row_up(monkeypatch: pytest.MonkeyPatch) -> None:
