@@ -137,7 +137,7 @@ def _packed(chunk: Unpacked, form: WeightFormat, k: int, sharing: int) -> Packed
     else:
         words = octet_words(values)
     scales = chunk.scales[::sharing]
-    if form.group == 0 and form.quant in ("8", "fp8") and chunk.zeros is None:
+    if form.scale_bytes == 4:
         scales = torch.exp2(scales.float() - 127) if scales.dtype == torch.uint8 else scales.float()
     zeros = chunk.zeros
     if zeros is not None and form.zero_bytes == 1:

@@ -74,11 +74,12 @@ class _Joiner:
         zeros = self._zeros(groups)
         order = self._order()
         is_single = groups == 1 and scheme.bits == 8 and zeros is None  # held as float32, one per output
+        is_widened = is_single or (scheme.is_float and rows > 1)  # products of FP8 blocks take float32
         form = WeightFormat(
             quant="fp8" if scheme.is_float else "8" if scheme.bits == 8 else "4",
             group=group if groups > 1 else 0,
             rows=1 if is_single else rows,
-            scale_bytes=4 if is_single else _SCALE_TYPES[scales.dtype],
+            scale_bytes=4 if is_widened else _SCALE_TYPES[scales.dtype],
             zero_bytes=0 if zeros is None else 1 if scheme.bits == 4 else 2,
             is_ordered=order is not None and scheme.is_ordered and groups > 1,
             source=self._source(group if groups > 1 else 0, rows),

@@ -85,6 +85,15 @@ def test_matrices_of_several_formats_are_each_held_as_they_are(tmp_path: Path) -
     assert (last.qkv.quant, last.out.quant, last.gate_up.quant) == ("none", "4", "4")  # k alone is not quantized
 
 
+def test_scales_of_fp8_blocks_are_held_as_products_take_them(folders: Make) -> None:
+    """Qwen publishes them in bfloat16, DeepSeek in float32; a product on GPUs takes float32 alone."""
+    checkpoint = read_checkpoint(folders("fp8-blocks")[0])
+    [modules] = run_ranks(1, lambda group: Stages(checkpoint, group, [range(2)]).stages[0].named_modules())
+    held = [packed for _, module in modules if (packed := getattr(module, "packed", None)) is not None]
+    assert len(held) == 8
+    assert {packed.scales.dtype for packed in held} == {torch.float32}
+
+
 @pytest.mark.parametrize("name", ["fp8-blocks", "fp8-channel", "gptq-order", "awq"])
 def test_the_planner_counts_the_bytes_of_packed_experts(tmp_path: Path, name: str) -> None:
     checkpoint = FOLDERS[f"{name} experts"](tmp_path).packed
