@@ -22,9 +22,9 @@ log = logging.getLogger(__name__)
 
 KINDS: tuple[WeightKind, ...] = ("int2", "int3", "int4", "int5", "int6", "nl4", "fp4")
 """Kinds of words of eight codes."""
-_TOLERANCE = 3e-2
+_TOLERANCE = 5e-2
 """Largest relative error of a row, compared with rows and weights rounded alike. Weights about half-way between two
-numbers, which are many in groups of few codes, explain 2.4e-2, wrong places 1."""
+numbers, which are many in groups of few codes, explain 3.3e-2 (Q3_K on an H200), wrong places 1."""
 
 
 def takes(weight: PackedWeight, dtype: torch.dtype) -> bool:

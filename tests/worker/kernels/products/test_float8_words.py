@@ -100,9 +100,9 @@ def test_products_equal_those_of_rounded_rows(name: str) -> None:
         x, bias = torch.randn(rows, inputs, device=device).bfloat16(), torch.randn(outputs, device=device).bfloat16()
         expected = round_rows(x) @ dequantize(weight, torch.float32).T
         quantized = quantize_spans(x, weight.words.shape[1] * 8, float8_trial.span_of(weight))
-        assert relative_error(float8_gemm.float8_words_gemm(quantized, weight), expected) < 6e-3
+        assert relative_error(float8_gemm.float8_words_gemm(quantized, weight), expected) < 1e-2
         found = float8_gemm.float8_words_gemm(quantized, weight, bias_N=bias)
-        assert relative_error(found, expected + bias) < 6e-3
+        assert relative_error(found, expected + bias) < 1e-2
 
 
 def test_the_number_of_rows_decides_which_product_serves(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,9 @@ def test_the_rings_fit_into_shared_memory(rows: int, outputs: int) -> None:
     assert tiling.word_stages * 128 * 128 + tiling.row_stages * tiling.block_m * 128 <= (227 << 10) - 1024
 
 
-def test_many_rows_are_multiplied_by_warpgroups_where_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_rows_are_multiplied_by_warpgroups_where_that_works(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
     counts: list[int] = []
 
     def product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
@@ -72,10 +74,10 @@ def test_many_rows_are_multiplied_by_warpgroups_where_that_works(monkeypatch: py
         return x @ dequantize(weight, x.dtype).T
 
     form = WeightFormat("8", 128, 1, 2, source="x")
-    weight, least = weight_of(form, 16, 256, torch.device("cpu")), octet_trial.LEAST_ROWS
+    weight, least = weight_of(form, 16, 256, device), octet_trial.LEAST_ROWS
     for count, found in ((least, product), (least - 1, product), (least, None), (octet_trial.MOST_ROWS + 1, product)):
         monkeypatch.setattr(octet_trial, "groups_product", lambda device, found=found: found)
-        x = torch.randn(count, 256).bfloat16()
+        x = torch.randn(count, 256, device=device).bfloat16()
         assert (
             relative_error(choose.quantized_matmul(x, weight), x.float() @ dequantize(weight, torch.float32).T) < 1e-2
         )

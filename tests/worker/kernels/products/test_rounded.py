@@ -194,12 +194,12 @@ def test_products_equal_those_of_rounded_weights_and_rows(name: str) -> None:
         weight = replace(weight, power=power_of(weight))
         x = torch.randn(rows, inputs, device=device).bfloat16()
         full = dequantize(weight, torch.float32)
-        rounded = round_rows(x) @ round_dense(full).T
+        rounded, exact = round_rows(x) @ round_dense(full).T, x.float() @ full.T
         products = [rounded_product.rounded_product(quantize_rows(x), weight)]
         if rows <= 512:
             tilings = [RoundedTiling(block_m, 128, 4) for block_m in (128, 256)]
             products += [rounded_gemm(quantize_rows(x), weight, tiling=tiling) for tiling in tilings]
         for product in products:
             found = product.scaled().float()
-            assert relative_error(found, rounded) < 3e-2
-            assert relative_error(found, x.float() @ full.T) < 4.5e-2
+            assert relative_error(found, rounded) < 5e-2
+            assert relative_error(found, exact) < 1.2 * relative_error(rounded, exact) + 1e-2
