@@ -271,7 +271,7 @@ def takes_integers(weight: PackedWeight, dtype: torch.dtype) -> bool:
 
 _SMALL, _SMALL_AHEAD = IntegerGemvTiling(8, 256, 2), IntegerGemvTiling(8, 256, 2, ahead=True)
 _LONG, _LONG_AHEAD = IntegerGemvTiling(8, 512, 4), IntegerGemvTiling(8, 512, 4, ahead=True)
-_NARROW = IntegerGemvTiling(8, 128, 1)
+_NARROW, _WHOLE_ROWS = IntegerGemvTiling(8, 128, 1), IntegerGemvTiling(8, 512, 2)
 _FEW_ROWS = IntegerGemvTiling(4, 256, 2, ahead=True)
 _NESTED: dict[WeightKind, tuple[IntegerGemvTiling, IntegerGemvTiling, IntegerGemvTiling]] = {
     "int4": (_NARROW, _LONG, _LONG),
@@ -292,7 +292,7 @@ def choose_tiling(weight: PackedWeight) -> IntegerGemvTiling:
     if outputs > 4 * k:
         return _SMALL
     if weight.kind == "int4":
-        return _LONG
+        return _WHOLE_ROWS if outputs <= k <= 4096 else _LONG
     return _SMALL if outputs > k else _FEW_ROWS
 
 

@@ -160,8 +160,10 @@ def choose_tiling(weight: PackedWeight) -> OctetGemvTiling:
     """Pick tiles, as measured on an H200 (docs/kernels.md)."""
     outputs, k, is_float8 = len(weight.words), weight.k, weight.kind == "fp8"
     if outputs <= k:
-        return OctetGemvTiling(8, 512, 4, ahead=is_float8)
-    return OctetGemvTiling(4 if is_float8 or outputs > 4 * k else 8, 256, 2)
+        return OctetGemvTiling(4 if is_float8 else 8, 512, 4)
+    if is_float8 or outputs > 4 * k:
+        return OctetGemvTiling(4, 256, 2)
+    return OctetGemvTiling(4, 512, 4, ahead=True)
 
 
 def octet_gemv(

@@ -80,7 +80,8 @@ def test_steps_that_are_loaded_ahead_give_the_same_sums(
     [
         (28672, 4096, IntegerGemvTiling(8, 256, 2)),
         (4096, 14336, IntegerGemvTiling(8, 512, 4)),
-        (4096, 4096, IntegerGemvTiling(8, 512, 4)),
+        (4096, 4096, IntegerGemvTiling(8, 512, 2)),
+        (6144, 4096, IntegerGemvTiling(8, 512, 4)),
     ],
 )
 def test_tiles_are_those_that_were_measured(outputs: int, inputs: int, tiling: IntegerGemvTiling) -> None:
