@@ -27,6 +27,7 @@ OTHER_VARIABLES = frozenset(
         "MGPU_CACHE",
         "MGPU_CONFIG",
         "MGPU_ENDPOINT",
+        "MGPU_FLOAT8_ROUNDING",
         "MGPU_KERNELS",
         "MGPU_NO_NCCL",
         "MGPU_NO_P2P",

@@ -25,6 +25,11 @@ def uses_kernels(device: torch.device) -> bool:
     return True
 
 
+def may_round_to_float8() -> bool:
+    """Return False with MGPU_FLOAT8_ROUNDING=0: then only float8 formats are multiplied in float8."""
+    return os.environ.get("MGPU_FLOAT8_ROUNDING", "1") != "0"
+
+
 def aligned(x: Tensor) -> Tensor:
     """Return ``x``, or a copy, at an address that is a multiple of 16: Triton compiles a kernel anew for any other."""
     return x if x.data_ptr() % 16 == 0 else x.clone()

@@ -12,6 +12,7 @@ from mgpu.worker.kernels.products.float8_product import multiplies_float8
 from mgpu.worker.kernels.products.rounded_product import LEAST_ROWS, MOST_ROWS, rounded_product
 from mgpu.worker.kernels.runtime import LAUNCH_MODE, has_warpgroups
 from mgpu.worker.kernels.trials import trial_problem, worst_row_error
+from mgpu.worker.kernels.use import may_round_to_float8
 from mgpu.worker.quantization.float8_rows import round_rows
 from mgpu.worker.quantization.float8_weights import power_of, round_dense
 from mgpu.worker.quantization.packing import WORDS, PackedWeight, WeightKind, dequantize
@@ -53,7 +54,7 @@ def with_power(weight: PackedWeight, form: WeightFormat, dtype: torch.dtype) -> 
 
 def multiplies_rounded(device: torch.device, form: WeightFormat) -> bool:
     """Return whether weights of a format are multiplied so. The first call must not be within a graph's capture."""
-    if not has_warpgroups(device) or not multiplies_float8(device):
+    if not has_warpgroups(device) or not multiplies_float8(device) or not may_round_to_float8():
         return False
     if LAUNCH_MODE.compiles_only:
         trial_error(device, form)  # compiles the trial's kernels; the error is of undefined values
@@ -67,7 +68,12 @@ def _passes_trial(device: torch.device, form: WeightFormat) -> bool:
     if problem := trial_problem(lambda: trial_error(device, form), _TOLERANCE):
         log.warning("%s is not multiplied in float8: %s", name, problem)
         return False
-    log.info("%s: products of %d rows and more round activations and weights to float8 (W8A8)", name, LEAST_ROWS)
+    log.info(
+        "%s: products of %d rows and more round activations and weights to float8 (W8A8); "
+        "MGPU_FLOAT8_ROUNDING=0 rounds nothing, and is slower",
+        name,
+        LEAST_ROWS,
+    )
     return True
 
 

@@ -124,6 +124,9 @@ def test_a_device_that_fails_the_trial_stays_weight_only(monkeypatch: pytest.Mon
     assert float8_trial.float8_words_product(device) is None
     monkeypatch.setattr(LAUNCH_MODE, "compiles_only", True)
     assert float8_trial.float8_words_product(device) is not None
+    monkeypatch.setenv("MGPU_FLOAT8_ROUNDING", "0")
+    assert float8_trial.float8_words_product(device) is None
+    monkeypatch.delenv("MGPU_FLOAT8_ROUNDING")
     monkeypatch.setattr(float8_trial, "words_product", lambda device: None)
     assert float8_trial.float8_words_product(device) is None
 

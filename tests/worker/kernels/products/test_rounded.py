@@ -137,6 +137,18 @@ def test_a_device_that_fails_the_trial_rounds_nothing(monkeypatch: pytest.Monkey
     assert not rounded_trial.multiplies_rounded(device, INT4)
 
 
+def test_a_user_can_ask_for_products_that_round_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda:7")
+    monkeypatch.setattr(rounded_trial, "has_warpgroups", lambda device: True)
+    monkeypatch.setattr(rounded_trial, "multiplies_float8", lambda device: True)
+    monkeypatch.setattr(rounded_trial, "trial_error", lambda device, form: 2e-2)
+    monkeypatch.setattr(LAUNCH_MODE, "compiles_only", False)
+    monkeypatch.setenv("MGPU_FLOAT8_ROUNDING", "0")
+    assert not rounded_trial.multiplies_rounded(device, INT4)
+    monkeypatch.setenv("MGPU_FLOAT8_ROUNDING", "1")
+    assert rounded_trial.multiplies_rounded(device, INT4)
+
+
 def test_rows_decide_whether_weights_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     def unscaled(rows: Float8Rows, weight: PackedWeight) -> UnscaledProduct:
         return UnscaledProduct(torch.ones(len(rows.values), 64), 2 * torch.ones(len(rows.values)))

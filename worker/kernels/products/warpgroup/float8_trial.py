@@ -11,6 +11,7 @@ from mgpu.worker.kernels.layers.float8_codes import quantize_spans
 from mgpu.worker.kernels.products.warpgroup.trial import WordsProduct, words_product
 from mgpu.worker.kernels.runtime import LAUNCH_MODE
 from mgpu.worker.kernels.trials import trial_problem, worst_row_error
+from mgpu.worker.kernels.use import may_round_to_float8
 from mgpu.worker.quantization.float8_rows import round_rows
 from mgpu.worker.quantization.packing import PackedWeight, dequantize
 from mgpu.worker.quantization.random_packed import random_packed
@@ -37,11 +38,11 @@ def span_of(weight: PackedWeight) -> int:
 
 
 def float8_words_product(device: torch.device) -> WordsProduct | None:
-    """Return the product of float8 rows; None where it does not work.
+    """Return the product of float8 rows; None where it does not work, or where nothing is to be rounded.
 
     The first call must not be within the capture of a graph.
     """
-    if words_product(device) is None:
+    if words_product(device) is None or not may_round_to_float8():
         return None
     return _launched(device) if LAUNCH_MODE.compiles_only else _tried(device)
 
