@@ -38,7 +38,7 @@ def with_demanded_call(request: Generate, chat_format: ChatFormat) -> Generate:
     if len(grammar) > MAX_BYTES:
         text = f"the tools make a form of {len(grammar)} characters, the limit is {MAX_BYTES}; offer fewer tools"
         raise Refusal("bad_request", text)
-    return replace(request, structured_outputs={"grammar": grammar})
+    return replace(request, structured_outputs={"demanded": grammar})
 
 
 def form_after_reasoning(request: Generate, chat_format: ChatFormat) -> dict[str, object] | None:
@@ -46,7 +46,7 @@ def form_after_reasoning(request: Generate, chat_format: ChatFormat) -> dict[str
     markers = REASONING_FORMATS.get(chat_format.reasoning)
     if markers is None or not demands_call(request):
         return None
-    return {"grammar": _grammar(request, chat_format, markers.end)}
+    return {"demanded": _grammar(request, chat_format, markers.end)}
 
 
 def thinking_limit(request: Generate, chat_format: ChatFormat) -> ThinkingLimit | None:

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from mgpu.protocol.internal.grammars import CHECK_STACK_BYTES, new_matcher, with_stack_size
+from mgpu.protocol.internal.grammars import CHECK_STACK_BYTES, CLIENT_RULES, new_matcher, with_stack_size
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -62,7 +62,9 @@ def checked_grammar(wanted: Mapping[str, object], tokenizer: Tokenizer | None = 
         text = _of_regex(str(value))
     elif kind == "choice":
         text = _of_choice(value)
-    else:
+    elif kind == "grammar":
+        text = f"{_of_lark(str(value))}{CLIENT_RULES}\n"
+    else:  # "demanded": the form of a call that tool_choice demands
         text = _of_lark(str(value))
     try:
         error = _error_of(text, library_tokenizer, began_s + MAX_CPU_S)
@@ -117,7 +119,7 @@ def _of_lark(text: str) -> str:
             text = any_to_lark(text)
         except Exception as error:  # it raises bare Exception among others
             raise GrammarError(f"structured_outputs.grammar: not a GBNF grammar: {_first_line(error)}") from None
-    return f"{text}\n{HEADER}"  # after it, so that line numbers of errors are the client's
+    return f"{text}\n{HEADER}"  # after it, so that line numbers of errors are the text's
 
 
 # -- compiling ---------------------------------------------------------------------------------------------------------

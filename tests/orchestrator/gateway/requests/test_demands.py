@@ -26,7 +26,7 @@ def request(**more: Any) -> Generate:
 def test_a_demand_becomes_a_grammar(name: str) -> None:
     form = with_demanded_call(request(), ChatFormat(name)).structured_outputs
     assert form is not None
-    assert "get_weather" in str(form["grammar"])
+    assert "get_weather" in str(form["demanded"])
     assert with_demanded_call(request(tool_choice="auto"), ChatFormat(name)).structured_outputs is None
 
 

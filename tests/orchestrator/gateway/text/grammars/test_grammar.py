@@ -11,7 +11,7 @@ pytest.importorskip("llguidance")
 
 from mgpu.orchestrator.gateway.text.grammars import grammar as module
 from mgpu.orchestrator.gateway.text.grammars.grammar import GrammarError, GrammarTooSlow, checked_grammar
-from mgpu.protocol.internal.grammars import new_matcher, token_table
+from mgpu.protocol.internal.grammars import CLIENT_ITEMS, CLIENT_RULES, new_matcher, token_table
 from mgpu.protocol.internal.worker_messages import Vocabulary
 
 BYTES = Vocabulary(0, [bytes([each]) for each in range(256)] + [b"<|tool|>"], [256])
@@ -126,11 +126,29 @@ def test_the_tokens_of_the_model_tell_whether_a_grammar_is_slow(monkeypatch: pyt
     """A few hundred rules that may begin, follow one another, and end anywhere: the mask takes seconds of CPU time."""
     names = range(400)
     rules = [f"r{each}: /[a-z]{{1,{each + 1}}}/ start" for each in names]
-    wanted = {"grammar": "\n".join(["start: " + " | ".join(f"r{each}" for each in names), *rules])}
+    wanted = {"demanded": "\n".join(["start: " + " | ".join(f"r{each}" for each in names), *rules])}
     letters, after = b"etaoin", b"etaoin .,1-"
     words = [bytes(each) for each in product(letters, after, after, after)]
     monkeypatch.setattr(module, "MAX_CPU_S", 0.1)
-    later = {"grammar": wanted["grammar"].replace("start", "more") + '\nstart: "7" more'}
+    later = {"demanded": wanted["demanded"].replace("start", "more") + '\nstart: "7" more'}
     for each in (wanted, later):
         with pytest.raises(GrammarTooSlow, match="fewer rules or alternatives"):
             checked_grammar(each, lambda: token_table(Vocabulary(0, [*BYTES.tokens[:256], *words], [])))
+
+
+def test_rules_of_a_client_have_a_bounded_number_of_open_alternatives() -> None:
+    def rules(count: int) -> str:
+        names = [f"r{each}" for each in range(count)]
+        return f'start: "7" more\nmore: {" | ".join(names)}\n' + "\n".join(f'{name}: /{name}x*/ "-"' for name in names)
+
+    assert fits(checked_grammar({"grammar": rules(CLIENT_ITEMS - 8)}), "7r7xx-")
+    matcher = new_matcher(token_table(BYTES), checked_grammar({"grammar": rules(CLIENT_ITEMS + 8)}))
+    assert not matcher.consume_token(ord("7"))
+    assert f"max is {CLIENT_ITEMS}" in matcher.get_error()
+    assert fits(checked_grammar({"demanded": rules(CLIENT_ITEMS + 8)}), "7r7xx-")
+    assert CLIENT_RULES in checked_grammar({"grammar": rules(2)})
+
+
+def test_a_schema_may_have_hundreds_of_optional_properties() -> None:
+    schema = {"type": "object", "properties": {f"name{each}": {"type": "integer"} for each in range(400)}}
+    assert fits(checked_grammar({"json_schema": json.dumps({**schema, "additionalProperties": False})}), '{"name9": 1}')
