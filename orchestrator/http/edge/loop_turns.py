@@ -88,7 +88,7 @@ class LoopTurns:
         self.charge(owner, FRONT_S + FRONT_BYTE_S * body_bytes)
 
     def _look(self) -> None:
-        """Give the next turn, or look again when there is time for one."""
+        """Let the next owner have its turn, or look again when there is time for one."""
         loop = asyncio.get_running_loop()
         if self._taken is not None:
             self._line.charge(self._taken, self._spent_s)
